@@ -1,0 +1,72 @@
+# make demo   trains a small anchored-branch transformer on airfoil flow and shows what it learnt
+# make test   every test
+# Both set up all that they need: an environment where torch is importable is used, otherwise .venv is made.
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+BASE_PYTHON ?= python3
+HAS_TORCH := $(shell $(BASE_PYTHON) -c "import importlib.util as u; print(int(u.find_spec('torch') is not None))" 2>/dev/null)
+ifeq ($(HAS_TORCH),1)
+PYTHON := $(BASE_PYTHON)
+else
+PYTHON := .venv/bin/python
+endif
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
+TORCH ?= $(if $(filter-out 0,$(HAS_GPU)),torch>=2.10,torch==2.13.0)
+PIP := $(PYTHON) -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test test-sanitizers lint typecheck format clean help
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+build/.tools:
+	@command -v $(BASE_PYTHON) >/dev/null || { echo "Python >= 3.10 is missing: install python3 or set BASE_PYTHON"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "A C++20 compiler is missing: install g++ >= 12 or clang >= 15, or set CXX"; exit 1; }
+	@[ -x "$$(command -v $(PYTHON))" ] || $(BASE_PYTHON) -m venv .venv || { echo "Can't make .venv: install python3-venv"; exit 1; }
+	@$(PYTHON) -c "import torch" 2>/dev/null || $(PIP) install "$(TORCH)" || { echo "Can't install $(TORCH): is there a network? Set TORCH to a requirement that can be had"; exit 1; }
+	@$(PIP) install --quiet "setuptools>=77" wheel "cmake>=3.22" ninja || { echo "Can't install the build tools: is there a network?"; exit 1; }
+	@mkdir -p build && touch $@
+
+# The demo builds what this machine can run; everything else builds what its toolkit can compile.
+build/.runnable: build/.tools $(SOURCES)
+	@[ build/.complete -nt build/.runnable ] || \
+	  PATH="$$(dirname $$(command -v $(PYTHON))):$$PATH" ANCHOR_ATTENTION_CUDA=$(if $(filter-out 0,$(HAS_GPU)),AUTO,OFF) \
+	  $(PIP) install --quiet --no-build-isolation --no-deps -e .
+	@touch $@
+
+build/.complete: build/.tools $(SOURCES)
+	PATH="$$(dirname $$(command -v $(PYTHON))):$$PATH" ANCHOR_ATTENTION_CUDA=AUTO $(PIP) install --quiet --no-build-isolation --no-deps -e .
+	@touch $@ build/.runnable
+
+build/.%-packages: build/.tools pyproject.toml
+	@$(PYTHON) scripts/install_extra.py $*
+	@touch $@
+
+demo: build/.runnable build/.examples-packages
+	$(PYTHON) examples/airfoil/run.py
+
+test: build/.complete build/.test-packages build/.examples-packages
+	$(PYTHON) -m pytest -q $(PYTEST_ARGS)
+
+test-sanitizers: build/.complete build/.test-packages
+	PYTHON=$(PYTHON) scripts/test_sanitizers.sh
+
+lint: build/.tools build/.dev-packages
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(dir $(PYTHON))clang-format --dry-run -Werror
+
+typecheck: build/.tools build/.dev-packages
+	$(PYTHON) -m mypy
+
+format: build/.tools build/.dev-packages
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(dir $(PYTHON))clang-format -i
+
+clean:
+	rm -rf build python/anchor_attention/*.so python/*.egg-info

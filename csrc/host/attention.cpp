@@ -1,0 +1,167 @@
+#include "attention.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <stdexcept>
+
+#include "../kernels/cpu/attention.h"
+#include "checks.h"
+#include "executor.h"
+
+namespace anchor_attention {
+namespace {
+
+using Dtype = torch::headeronly::ScalarType;
+
+Dtype lse_dtype(ScalarType dtype) { return dtype == ScalarType::float64 ? Dtype::Double : Dtype::Float; }
+
+KeyRangeTable checked_table(const std::vector<int64_t>& q_ranges, const std::vector<int64_t>& k_offsets,
+                            const std::vector<int64_t>& k_ranges, int64_t n_queries, int64_t n_keys) {
+  try {
+    return make_key_range_table(q_ranges, k_offsets, k_ranges, n_queries, n_keys);
+  } catch (const std::invalid_argument& error) {
+    throw std::runtime_error(std::string("anchor_attention: ") + error.what());
+  }
+}
+
+// An unwanted gradient is returned as an empty tensor: the schema's returns are not optional.
+Tensor grad_like(const Tensor& tensor, bool wanted) {
+  if (!wanted) return torch::stable::new_empty(tensor, {0});
+  std::vector<int64_t> shape;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) shape.push_back(tensor.size(axis));
+  return torch::stable::new_empty(tensor, shape);
+}
+
+void* data_or_null(Tensor& tensor, bool wanted) { return wanted ? tensor.mutable_data_ptr() : nullptr; }
+
+}  // namespace
+
+CheckedAttention check_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                 const std::vector<int64_t>& q_ranges, const std::vector<int64_t>& k_offsets,
+                                 const std::vector<int64_t>& k_ranges, const std::optional<Tensor>& q_freqs,
+                                 const std::optional<Tensor>& key_mask, std::optional<double> scale) {
+  check_rank("q", q, 4, "(batch, queries, heads, head_dim)");
+  check_rank("k", k, 4, "(batch, keys, heads, head_dim)");
+  check_rank("v", v, 4, "(batch, keys, heads, head_dim)");
+  const int64_t batch = q.size(0);
+  const int64_t n_queries = q.size(1);
+  const int64_t heads = q.size(2);
+  const int64_t head_dim = q.size(3);
+  const int64_t n_keys = k.size(1);
+  check(head_dim >= 1, "q must have a head_dim of at least 1, got shape ", shape_text(q));
+  check_shape("k", k, {batch, n_keys, heads, head_dim});
+  check_shape("v", v, {batch, n_keys, heads, head_dim});
+  check_same_device("k", k, "q", q);
+  check_same_device("v", v, "q", q);
+  const ScalarType dtype = scalar_type("q", q);
+  check_same_dtype("k", k, "q", q);
+  check_same_dtype("v", v, "q", q);
+  check_last_axis_contiguous("q", q);
+  check_last_axis_contiguous("k", k);
+  check_last_axis_contiguous("v", v);
+  if (q_freqs) check_freqs("q_freqs", *q_freqs, "q", q, dtype, batch, n_queries, head_dim);
+  if (key_mask) {
+    check_shape("key_mask", *key_mask, {batch, n_keys});
+    check_same_device("key_mask", *key_mask, "q", q);
+    check(key_mask->scalar_type() == Dtype::Bool, "key_mask must be Bool, got ",
+          torch::headeronly::toString(key_mask->scalar_type()));
+    check_last_axis_contiguous("key_mask", *key_mask);
+  }
+  const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
+  check(std::isfinite(factor), "scale must be finite, got ", factor);
+
+  CheckedAttention checked{checked_table(q_ranges, k_offsets, k_ranges, n_queries, n_keys), {}};
+  AttentionParams& p = checked.params;
+  p.q = q.const_data_ptr();
+  p.k = k.const_data_ptr();
+  p.v = v.const_data_ptr();
+  p.q_freqs = q_freqs ? q_freqs->const_data_ptr() : nullptr;
+  p.key_mask = key_mask ? static_cast<const bool*>(key_mask->const_data_ptr()) : nullptr;
+  p.q_strides = strides_of(q);
+  p.k_strides = strides_of(k);
+  p.v_strides = strides_of(v);
+  p.q_freqs_strides = q_freqs ? freqs_strides_of(*q_freqs) : FreqsStrides{0, 0};
+  p.key_mask_batch_stride = key_mask ? key_mask->stride(0) : 0;
+  p.batch = batch;
+  p.n_queries = n_queries;
+  p.n_keys = n_keys;
+  p.heads = heads;
+  p.head_dim = head_dim;
+  p.scale = factor;
+  p.dtype = dtype;
+  p.table = checked.table.view();
+  return checked;
+}
+
+AttentionBackwardParams check_attention_backward(const AttentionParams& forward, const Tensor& grad_out,
+                                                 const std::optional<Tensor>& grad_lse, const Tensor& q,
+                                                 const Tensor& out, const Tensor& lse) {
+  const std::vector<int64_t> out_shape{forward.batch, forward.n_queries, forward.heads, forward.head_dim};
+  const std::vector<int64_t> lse_shape{forward.batch, forward.heads, forward.n_queries};
+  check_shape("grad_out", grad_out, out_shape);
+  check_shape("out", out, out_shape);
+  check_shape("lse", lse, lse_shape);
+  check_same_device("grad_out", grad_out, "q", q);
+  check_same_device("out", out, "q", q);
+  check_same_device("lse", lse, "q", q);
+  check_same_dtype("grad_out", grad_out, "q", q);
+  check_same_dtype("out", out, "q", q);
+  check(lse.scalar_type() == lse_dtype(forward.dtype), "lse must be ",
+        torch::headeronly::toString(lse_dtype(forward.dtype)), ", got ",
+        torch::headeronly::toString(lse.scalar_type()));
+  check(out.is_contiguous(), "out must be contiguous, as the forward returned it");
+  check(lse.is_contiguous(), "lse must be contiguous, as the forward returned it");
+  if (grad_lse) {
+    check_shape("grad_lse", *grad_lse, lse_shape);
+    check_same_device("grad_lse", *grad_lse, "q", q);
+    check_same_dtype("grad_lse", *grad_lse, "lse", lse);
+  }
+  AttentionBackwardParams p{};
+  p.forward = forward;
+  p.forward.out = out.data_ptr();
+  p.forward.lse = lse.data_ptr();
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_out_strides = strides_of(grad_out);
+  p.grad_lse = grad_lse ? grad_lse->const_data_ptr() : nullptr;
+  return p;
+}
+
+std::tuple<Tensor, Tensor> attention_cpu(Tensor q, Tensor k, Tensor v, std::vector<int64_t> q_ranges,
+                                         std::vector<int64_t> k_offsets, std::vector<int64_t> k_ranges,
+                                         std::optional<Tensor> q_freqs, std::optional<Tensor> key_mask,
+                                         std::optional<double> scale) {
+  CheckedAttention checked = check_attention(q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale);
+  AttentionParams& p = checked.params;
+  Tensor out = torch::stable::new_empty(q, {p.batch, p.n_queries, p.heads, p.head_dim});
+  Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.n_queries}, lse_dtype(p.dtype));
+  p.out = out.mutable_data_ptr();
+  p.lse = lse.mutable_data_ptr();
+  cpu::attention(p, torch_executor());
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
+    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
+    std::vector<int64_t> q_ranges, std::vector<int64_t> k_offsets, std::vector<int64_t> k_ranges,
+    std::optional<Tensor> q_freqs, std::optional<Tensor> key_mask, std::optional<double> scale, bool need_q,
+    bool need_k, bool need_v, bool need_q_freqs) {
+  const CheckedAttention checked = check_attention(q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale);
+  check(q_freqs.has_value() || !need_q_freqs, "need_q_freqs is true, but there are no q_freqs");
+  grad_out = readable_gradient(grad_out);
+  if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
+  AttentionBackwardParams p = check_attention_backward(checked.params, grad_out, grad_lse, q, out, lse);
+  Tensor grad_q = grad_like(q, need_q);
+  Tensor grad_k = grad_like(k, need_k);
+  Tensor grad_v = grad_like(v, need_v);
+  Tensor grad_q_freqs = need_q_freqs ? grad_like(*q_freqs, true) : grad_like(q, false);
+  p.grad_q = data_or_null(grad_q, need_q);
+  p.grad_k = data_or_null(grad_k, need_k);
+  p.grad_v = data_or_null(grad_v, need_v);
+  p.grad_q_freqs = data_or_null(grad_q_freqs, need_q_freqs);
+  if (need_q_freqs && p.forward.batch * p.forward.heads == 0) torch::stable::zero_(grad_q_freqs);
+  cpu::attention_backward(p, torch_executor());
+  return {grad_q, grad_k, grad_v, grad_q_freqs};
+}
+
+}  // namespace anchor_attention

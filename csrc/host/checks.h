@@ -1,0 +1,53 @@
+// Checks of tensor arguments. Each throws one message that names the argument and its value, before anything is
+// allocated or touched.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../params.h"
+
+namespace anchor_attention {
+
+using torch::stable::Tensor;
+
+template <typename... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) [[likely]]
+    return;
+  std::ostringstream text;
+  text << "anchor_attention: ";
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+std::string shape_text(const Tensor& tensor);
+
+void check_rank(const char* name, const Tensor& tensor, int64_t rank, const char* layout);
+void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape);
+void check_same_device(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other);
+void check_same_dtype(const char* name, const Tensor& tensor, const char* other_name, const Tensor& other);
+void check_last_axis_contiguous(const char* name, const Tensor& tensor);
+
+// The kernels' name of a tensor's dtype; throws for dtypes that they don't have.
+ScalarType scalar_type(const char* name, const Tensor& tensor);
+
+// Rotary factors (batch or 1, tokens, head_dim / 2), complex64, or complex128 where the working type is float64.
+void check_freqs(const char* name, const Tensor& freqs, const char* other_name, const Tensor& other, ScalarType dtype,
+                 int64_t batch, int64_t tokens, int64_t head_dim);
+
+// Autograd hands over gradients in any layout, expanded ones included: those are copied where the kernels can't read
+// them in place.
+Tensor readable_gradient(const Tensor& grad);
+
+Strides strides_of(const Tensor& tensor);
+FreqsStrides freqs_strides_of(const Tensor& freqs);
+
+}  // namespace anchor_attention

@@ -1,0 +1,67 @@
+#include "rope.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "../kernels/cpu/attention.h"
+#include "checks.h"
+#include "executor.h"
+
+namespace anchor_attention {
+
+RopeParams check_rope(const Tensor& x, const char* x_name, const Tensor& freqs) {
+  check_rank(x_name, x, 4, "(batch, tokens, heads, head_dim)");
+  const ScalarType dtype = scalar_type(x_name, x);
+  check_last_axis_contiguous(x_name, x);
+  check_freqs("freqs", freqs, x_name, x, dtype, x.size(0), x.size(1), x.size(3));
+  RopeParams p{};
+  p.x = x.const_data_ptr();
+  p.freqs = freqs.const_data_ptr();
+  p.x_strides = strides_of(x);
+  p.freqs_strides = freqs_strides_of(freqs);
+  p.batch = x.size(0);
+  p.tokens = x.size(1);
+  p.heads = x.size(2);
+  p.head_dim = x.size(3);
+  p.dtype = dtype;
+  return p;
+}
+
+Tensor rope_cpu(Tensor x, Tensor freqs) {
+  RopeParams p = check_rope(x, "x", freqs);
+  Tensor out = torch::stable::new_empty(x, {p.batch, p.tokens, p.heads, p.head_dim});
+  p.out = out.mutable_data_ptr();
+  if (out.numel() > 0) cpu::rope(p, torch_executor());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> rope_backward_cpu(Tensor grad_out, std::optional<Tensor> x, Tensor freqs, bool need_x,
+                                             bool need_freqs) {
+  grad_out = readable_gradient(grad_out);
+  RopeBackwardParams p{};
+  p.forward = check_rope(grad_out, "grad_out", freqs);
+  check(x.has_value() || !need_freqs, "x must be given when need_freqs is true");
+  if (x) {
+    check_shape("x", *x, {grad_out.size(0), grad_out.size(1), grad_out.size(2), grad_out.size(3)});
+    check_same_device("x", *x, "grad_out", grad_out);
+    check_same_dtype("x", *x, "grad_out", grad_out);
+    check_last_axis_contiguous("x", *x);
+    p.forward.x = x->const_data_ptr();
+    p.forward.x_strides = strides_of(*x);
+  }
+  p.grad_out = grad_out.const_data_ptr();
+  p.grad_out_strides = strides_of(grad_out);
+  const RopeParams& f = p.forward;
+  Tensor grad_x = need_x ? torch::stable::new_empty(grad_out, {f.batch, f.tokens, f.heads, f.head_dim})
+                         : torch::stable::new_empty(grad_out, {0});
+  Tensor grad_freqs = need_freqs ? torch::stable::new_empty(freqs, {freqs.size(0), freqs.size(1), freqs.size(2)})
+                                 : torch::stable::new_empty(freqs, {0});
+  p.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
+  p.grad_freqs = need_freqs ? grad_freqs.mutable_data_ptr() : nullptr;
+  if (need_freqs && grad_out.numel() == 0) torch::stable::zero_(grad_freqs);
+  if (grad_out.numel() > 0) cpu::rope_backward(p, torch_executor());
+  return {grad_x, grad_freqs};
+}
+
+}  // namespace anchor_attention

@@ -1,0 +1,35 @@
+// The table of this instruction set's steps.
+#include "kernels.h"
+#include "rows.h"
+
+#define ANCHOR_ATTENTION_STRING(name) #name
+#define ANCHOR_ATTENTION_NAME(name) ANCHOR_ATTENTION_STRING(name)
+
+namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
+
+int64_t forward_scratch_bytes(int64_t head_dim, ScalarType dtype);
+int64_t backward_scratch_bytes(int64_t head_dim, ScalarType dtype);
+void pack_rows(const PackRows&);
+void unpack_rows(const UnpackRows&);
+void forward_tile(const ForwardTile&);
+void backward_tile(const BackwardTile&);
+void finish_grad_q(const FinishGradQ&);
+void rope(const RopeTokens&);
+void rope_backward(const RopeBackwardTokens&);
+
+extern const Kernels kKernels{
+    .name = ANCHOR_ATTENTION_NAME(ANCHOR_ATTENTION_ISA),
+    .vector_bytes = kVectorBytes,
+    .tile_queries = {kTileQueries<float>, kTileQueries<double>},
+    .forward_scratch_bytes = forward_scratch_bytes,
+    .backward_scratch_bytes = backward_scratch_bytes,
+    .pack_rows = pack_rows,
+    .unpack_rows = unpack_rows,
+    .forward_tile = forward_tile,
+    .backward_tile = backward_tile,
+    .finish_grad_q = finish_grad_q,
+    .rope = rope,
+    .rope_backward = rope_backward,
+};
+
+}  // namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA

@@ -1,0 +1,90 @@
+// Rows of keys and values into the working type and back.
+#include "kernels.h"
+#include "rows.h"
+
+namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
+namespace {
+
+template <typename Storage, typename T = Working<Storage>>
+void pack_rows_of(const PackRows& p) {
+  const int64_t padded = round_up_to_lanes<T>(p.head_dim);
+  T* packed = static_cast<T*>(p.packed);
+  for (int64_t i = 0; i < p.n_rows; ++i) {
+    T* row = packed + i * padded;
+    if (p.indices[i] < 0) {
+      std::memset(row, 0, padded * sizeof(T));
+      continue;
+    }
+    widen_row(static_cast<const Storage*>(p.source) + p.indices[i] * p.source_stride, p.head_dim, padded, row);
+  }
+}
+
+template <typename Storage, typename T = Working<Storage>>
+void unpack_rows_of(const UnpackRows& p) {
+  const int64_t padded = round_up_to_lanes<T>(p.head_dim);
+  const T scale = static_cast<T>(p.scale);
+  for (int64_t j = 0; j < p.n_tokens; ++j) {
+    Storage* target = static_cast<Storage*>(p.target) + j * p.target_stride;
+    if (p.indices[j] < 0) {
+      std::memset(target, 0, p.head_dim * sizeof(Storage));
+      continue;
+    }
+    const T* row = static_cast<const T*>(p.packed) + p.indices[j] * padded;
+    for (int64_t d = 0; d < p.head_dim; ++d) target[d] = narrow<Storage>(row[d] * scale);
+  }
+}
+
+template <typename Storage, typename T = Working<Storage>>
+void finish_grad_q_of(const FinishGradQ& task) {
+  const AttentionBackwardParams& p = *task.params;
+  const AttentionParams& f = p.forward;
+  const T scale = static_cast<T>(f.scale);
+  const bool freqs_shared = f.q_freqs_strides.batch == 0;
+  constexpr int64_t kPiece = 512;
+  T grad[kPiece];
+  T x[kPiece];
+  for (int64_t token = task.token_begin; token < task.token_end; ++token) {
+    for (int64_t batch = 0; batch < f.batch; ++batch) {
+      const int64_t first = (batch * f.n_queries + token) * f.heads * f.head_dim;
+      const T* freqs = f.q_freqs == nullptr ? nullptr : freqs_of<T>(f.q_freqs, f.q_freqs_strides, batch, token);
+      T* grad_freqs = nullptr;
+      if (p.grad_q_freqs != nullptr) {
+        const int64_t row = freqs_shared ? token : batch * f.n_queries + token;
+        grad_freqs = static_cast<T*>(p.grad_q_freqs) + row * f.head_dim;
+        if (!freqs_shared || batch == 0) std::memset(grad_freqs, 0, f.head_dim * sizeof(T));
+      }
+      for (int64_t head = 0; head < f.heads; ++head) {
+        const Storage* q = row_of<Storage>(f.q, f.q_strides, batch, token, head);
+        for (int64_t d = 0; d < f.head_dim; d += kPiece) {
+          const int64_t n = f.head_dim - d < kPiece ? f.head_dim - d : kPiece;
+          const T* sum = static_cast<const T*>(task.grad_q) + first + head * f.head_dim + d;
+          for (int64_t i = 0; i < n; ++i) grad[i] = sum[i] * scale;
+          if (grad_freqs != nullptr) {
+            widen_row(q + d, n, n, x);
+            add_freqs_grad(grad, x, n, grad_freqs + d);
+          }
+          if (p.grad_q == nullptr) continue;
+          if (freqs != nullptr) unrotate_row(grad, freqs + d, n, grad);
+          Storage* out = static_cast<Storage*>(p.grad_q) + first + head * f.head_dim + d;
+          for (int64_t i = 0; i < n; ++i) out[i] = narrow<Storage>(grad[i]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void pack_rows(const PackRows& p) {
+  dispatch(p.dtype, [&](auto storage) { pack_rows_of<decltype(storage)>(p); });
+}
+
+void unpack_rows(const UnpackRows& p) {
+  dispatch(p.dtype, [&](auto storage) { unpack_rows_of<decltype(storage)>(p); });
+}
+
+void finish_grad_q(const FinishGradQ& task) {
+  dispatch(task.params->forward.dtype, [&](auto storage) { finish_grad_q_of<decltype(storage)>(task); });
+}
+
+}  // namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA

@@ -1,0 +1,112 @@
+// Rows of one head between memory, in the type of the tensor, and scratch, in the working type.
+#pragma once
+
+#include "simd.h"
+
+namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
+
+// The lengths of a tile's scratch: keys are taken in chunks that stay in the first-level cache with what meets them.
+constexpr int64_t kChunkKeys = 64;
+constexpr int64_t kTileVectors = kVectorBytes == 64 ? 4 : 8;
+
+template <typename T>
+constexpr int64_t kTileQueries = kTileVectors * kLanes<T>;
+
+template <typename T>
+constexpr int64_t round_up_to_lanes(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// Hands out pieces of a scratch buffer, or counts them where there is none.
+class Scratch {
+ public:
+  explicit Scratch(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <typename T>
+  T* take(int64_t n) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return piece;
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+template <typename Storage, typename T = Working<Storage>>
+ANCHOR_ATTENTION_INLINE void widen_row(const Storage* source, int64_t n, int64_t padded, T* target) {
+  for (int64_t d = 0; d < n; ++d) target[d] = widen(source[d]);
+  for (int64_t d = n; d < padded; ++d) target[d] = 0;
+}
+
+// Multiplies interleaved pairs by complex factors and rounds to the storage type, as the reference does.
+template <typename Storage, typename T = Working<Storage>>
+ANCHOR_ATTENTION_INLINE void rotate_row(const T* source, const T* freqs, int64_t n, T* target) {
+  for (int64_t i = 0; i < n; i += 2) {
+    const T re = source[i] * freqs[i] - source[i + 1] * freqs[i + 1];
+    const T im = source[i] * freqs[i + 1] + source[i + 1] * freqs[i];
+    target[i] = widen(narrow<Storage>(re));
+    target[i + 1] = widen(narrow<Storage>(im));
+  }
+}
+
+// The inverse for gradients: multiplies by the conjugate factors, in the working type.
+template <typename T>
+ANCHOR_ATTENTION_INLINE void unrotate_row(const T* source, const T* freqs, int64_t n, T* target) {
+  for (int64_t i = 0; i < n; i += 2) {
+    const T re = source[i] * freqs[i] + source[i + 1] * freqs[i + 1];
+    const T im = source[i + 1] * freqs[i] - source[i] * freqs[i + 1];
+    target[i] = re;
+    target[i + 1] = im;
+  }
+}
+
+// grad_freqs += grad · conj(x)
+template <typename T>
+ANCHOR_ATTENTION_INLINE void add_freqs_grad(const T* grad, const T* x, int64_t n, T* grad_freqs) {
+  for (int64_t i = 0; i < n; i += 2) {
+    grad_freqs[i] += grad[i] * x[i] + grad[i + 1] * x[i + 1];
+    grad_freqs[i + 1] += grad[i + 1] * x[i] - grad[i] * x[i + 1];
+  }
+}
+
+template <typename Storage>
+ANCHOR_ATTENTION_INLINE const Storage* row_of(const void* tensor, const Strides& strides, int64_t batch, int64_t token,
+                                              int64_t head) {
+  return static_cast<const Storage*>(tensor) + batch * strides.batch + token * strides.token + head * strides.head;
+}
+
+template <typename T>
+ANCHOR_ATTENTION_INLINE const T* freqs_of(const void* freqs, const FreqsStrides& strides, int64_t batch,
+                                          int64_t token) {
+  return static_cast<const T*>(freqs) + 2 * (batch * strides.batch + token * strides.token);
+}
+
+// The queries of a tile as rows [n_queries, padded] of the working type, rotated.
+template <typename Storage, typename T = Working<Storage>>
+ANCHOR_ATTENTION_INLINE void load_queries(const AttentionParams& p, int64_t batch, int64_t head, int64_t q_begin,
+                                          int64_t n_queries, int64_t padded, T* rows) {
+  for (int64_t i = 0; i < n_queries; ++i) {
+    T* row = rows + i * padded;
+    widen_row(row_of<Storage>(p.q, p.q_strides, batch, q_begin + i, head), p.head_dim, padded, row);
+    if (p.q_freqs != nullptr) {
+      rotate_row<Storage>(row, freqs_of<T>(p.q_freqs, p.q_freqs_strides, batch, q_begin + i), p.head_dim, row);
+    }
+  }
+}
+
+// [n_rows, row_stride] → [n_columns, kTileQueries]; columns beyond the rows become zero.
+template <typename T>
+ANCHOR_ATTENTION_INLINE void transpose_to_panel(const T* rows, int64_t n_rows, int64_t row_stride, int64_t n_columns,
+                                                T* panel) {
+  for (int64_t d = 0; d < n_columns; ++d) {
+    T* out = panel + d * kTileQueries<T>;
+    for (int64_t i = 0; i < n_rows; ++i) out[i] = rows[i * row_stride + d];
+    for (int64_t i = n_rows; i < kTileQueries<T>; ++i) out[i] = 0;
+  }
+}
+
+}  // namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA

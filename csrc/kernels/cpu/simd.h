@@ -1,0 +1,184 @@
+// Vectors of the instruction set that this file is compiled for, on the compiler's own vector extensions.
+// Everything here lives in a namespace named after the set: no symbol can meet its twin of another set in the linker.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "../../params.h"
+
+#ifndef ANCHOR_ATTENTION_ISA
+#error "compile with -DANCHOR_ATTENTION_ISA=<name of the instruction set>"
+#endif
+
+#define ANCHOR_ATTENTION_INLINE inline __attribute__((always_inline))
+
+namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+constexpr int kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kRegisters = 32;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kRegisters = 16;
+#endif
+
+template <typename T>
+struct VectorTypes;
+
+template <>
+struct VectorTypes<float> {
+  typedef float Value __attribute__((vector_size(kVectorBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+};
+
+template <>
+struct VectorTypes<double> {
+  typedef double Value __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+};
+
+template <typename T>
+using Vector = typename VectorTypes<T>::Value;
+
+template <typename T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <typename T>
+ANCHOR_ATTENTION_INLINE Vector<T> load(const T* source) {
+  return *reinterpret_cast<const typename VectorTypes<T>::Unaligned*>(source);
+}
+
+template <typename T>
+ANCHOR_ATTENTION_INLINE void store(T* target, Vector<T> value) {
+  *reinterpret_cast<typename VectorTypes<T>::Unaligned*>(target) = value;
+}
+
+template <typename T>
+ANCHOR_ATTENTION_INLINE Vector<T> splat(T value) {
+  return Vector<T>{} + value;
+}
+
+// Where one of the two is NaN the result is b: put the one that must pass on its NaN second.
+template <typename V>
+ANCHOR_ATTENTION_INLINE V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+
+// 2^x for x ≤ 127, relative error ≤ 2e-7; 0 below −126, NaN for NaN.
+ANCHOR_ATTENTION_INLINE Vector<float> exp2(Vector<float> x) {
+  using Bits = VectorTypes<float>::Bits;
+  // Adding 1.5 · 2²³ leaves round(x) in the low bits of the sum.
+  constexpr float kRound = 12582912.0f;
+  const Vector<float> shifted = x + kRound;
+  const Vector<float> f = x - (shifted - kRound);
+  // Minimax polynomial of 2^f on [−½, ½], relative error 7.5e-8.
+  Vector<float> p = splat(1.3276471961e-3f);
+  p = p * f + 9.6755415026e-3f;
+  p = p * f + 5.5507132751e-2f;
+  p = p * f + 2.4022119721e-1f;
+  p = p * f + 6.9314696706e-1f;
+  p = p * f + 1.0000000717f;
+  const Bits scaled = reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 23);
+  return x < -126.0f ? Vector<float>{} : reinterpret_cast<Vector<float>>(scaled);
+}
+
+ANCHOR_ATTENTION_INLINE Vector<double> exp2(Vector<double> x) {
+  for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_exp2(x[lane]);
+  return x;
+}
+
+ANCHOR_ATTENTION_INLINE float log2(float x) { return __builtin_log2f(x); }
+ANCHOR_ATTENTION_INLINE double log2(double x) { return __builtin_log2(x); }
+
+template <typename T>
+constexpr T kInfinity = static_cast<T>(__builtin_inf());
+
+// Scalar conversions of 16-bit types, written without branches so that the compiler vectorises loops over them.
+ANCHOR_ATTENTION_INLINE float float_of_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+ANCHOR_ATTENTION_INLINE uint32_t bits_of_float(float value) { return __builtin_bit_cast(uint32_t, value); }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+ANCHOR_ATTENTION_INLINE float widen(float value) { return value; }
+ANCHOR_ATTENTION_INLINE double widen(double value) { return value; }
+ANCHOR_ATTENTION_INLINE float widen(BFloat16 value) { return float_of_bits(static_cast<uint32_t>(value.bits) << 16); }
+
+ANCHOR_ATTENTION_INLINE float widen(Float16 value) {
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  // The exponent's bias differs by 112; the multiplication also makes denormals normal.
+  const uint32_t finite = bits_of_float(float_of_bits(magnitude) * 0x1p112f);
+  const uint32_t special = magnitude | 0x7f800000u;
+  return float_of_bits((magnitude >= 0x0f800000u ? special : finite) | sign);
+}
+
+template <typename To>
+To narrow(float value);
+
+template <>
+ANCHOR_ATTENTION_INLINE float narrow<float>(float value) {
+  return value;
+}
+
+template <>
+ANCHOR_ATTENTION_INLINE BFloat16 narrow<BFloat16>(float value) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40u;
+  return {static_cast<uint16_t>(value != value ? nan : rounded)};
+}
+
+template <>
+ANCHOR_ATTENTION_INLINE Float16 narrow<Float16>(float value) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Below 2⁻¹⁴ the sum with 0.5 leaves the denormal's bits, rounded to nearest even, in the low end of the mantissa.
+  const uint32_t denormal = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t finite = magnitude < 0x38800000u ? denormal : normal;
+  const uint32_t infinite = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  return {static_cast<uint16_t>((magnitude >= 0x477ff000u ? infinite : finite) | sign)};
+}
+
+template <typename To>
+ANCHOR_ATTENTION_INLINE double narrow(double value) {
+  return value;
+}
+
+// The arithmetic type of a storage type.
+template <typename Storage>
+using Working = decltype(widen(Storage{}));
+
+// Calls function(Storage{}) for the storage type of `dtype`.
+template <typename Function>
+ANCHOR_ATTENTION_INLINE auto dispatch(ScalarType dtype, Function&& function) {
+  switch (dtype) {
+    case ScalarType::bfloat16:
+      return function(BFloat16{});
+    case ScalarType::float16:
+      return function(Float16{});
+    case ScalarType::float64:
+      return function(double{});
+    default:
+      return function(float{});
+  }
+}
+
+}  // namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA

@@ -1,0 +1,52 @@
+// The key-range table: checks, merging, transpose. No torch.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "params.h"
+
+namespace anchor_attention {
+
+// Owns what KeyRangeTableView points to, in the canonical form described there.
+struct KeyRangeTable {
+  std::vector<int32_t> q_ranges;
+  std::vector<int32_t> k_offsets;
+  std::vector<int32_t> k_ranges;
+
+  KeyRangeTableView view() const;
+
+  // Σ over groups of |queries| · |keys|: the number of scores, to which time is proportional.
+  int64_t area() const;
+};
+
+// Checks a table given in CSR form and brings it into canonical form: empty ranges and groups without keys are dropped
+// (their rows behave like rows in no range), groups are sorted by their queries, a group's key ranges are rewritten in
+// the one way that depends on the multiset of its keys alone, and touching groups with equal key ranges are joined.
+// Throws std::invalid_argument that names the argument, the position and the value.
+KeyRangeTable make_key_range_table(std::span<const int64_t> q_ranges, std::span<const int64_t> k_offsets,
+                                   std::span<const int64_t> k_ranges, int64_t n_queries, int64_t n_keys);
+
+// The same attention seen from the keys. Entry s holds the keys [k_ranges[s][0], k_ranges[s][1]) and the query ranges
+// that read them; entries are disjoint, ascending and cover the read keys exactly. A query range appears as often as
+// the forward table reads the key.
+struct TransposedKeyRangeTable {
+  std::vector<int32_t> k_ranges;   // [n_entries, 2]
+  std::vector<int32_t> q_offsets;  // [n_entries + 1]
+  std::vector<int32_t> q_ranges;   // [n_ranges, 2]
+};
+
+TransposedKeyRangeTable transpose(const KeyRangeTableView& table);
+
+// Renumbers the keys so that only those that are read and kept remain, in their order. `kept_before[j]` is the number
+// of such keys before key j (n_keys + 1 entries).
+struct CompactedKeys {
+  std::vector<int32_t> source;  // [n_kept]: the original index of compacted key j
+  KeyRangeTable table;          // the table over compacted keys; groups that lost every key are gone
+};
+
+// `key_mask` is [n_keys], true = kept, or null when all are.
+CompactedKeys compact_keys(const KeyRangeTableView& table, const bool* key_mask, int64_t n_keys);
+
+}  // namespace anchor_attention

@@ -1,0 +1,37 @@
+// Every operation and its implementations: the library's table of contents.
+#include <torch/csrc/stable/library.h>
+
+#include "host/attention.h"
+#include "host/key_ranges.h"
+#include "host/rope.h"
+
+using namespace anchor_attention;
+
+STABLE_TORCH_LIBRARY(anchor_attention, m) {
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, SymInt[] q_ranges, SymInt[] k_offsets, SymInt[] k_ranges, "
+      "Tensor? q_freqs=None, Tensor? key_mask=None, float? scale=None) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "SymInt[] q_ranges, SymInt[] k_offsets, SymInt[] k_ranges, Tensor? q_freqs, Tensor? key_mask, float? scale, "
+      "bool need_q, bool need_k, bool need_v, bool need_q_freqs) "
+      "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_freqs)");
+  m.def("rope(Tensor x, Tensor freqs) -> Tensor");
+  m.def(
+      "rope_backward(Tensor grad_out, Tensor? x, Tensor freqs, bool need_x, bool need_freqs) "
+      "-> (Tensor grad_x, Tensor grad_freqs)");
+  m.def(
+      "canonical_key_ranges(int[] q_ranges, int[] k_offsets, int[] k_ranges, int n_queries, int n_keys) "
+      "-> (int[] q_ranges, int[] k_offsets, int[] k_ranges)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(anchor_attention, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention_cpu));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
+  m.impl("rope", TORCH_BOX(&rope_cpu));
+  m.impl("rope_backward", TORCH_BOX(&rope_backward_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(anchor_attention, CompositeExplicitAutograd, m) {
+  m.impl("canonical_key_ranges", TORCH_BOX(&canonical_key_ranges));
+}

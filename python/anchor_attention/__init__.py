@@ -1,0 +1,57 @@
+"""Anchor attention: fused attention of token groups to the anchor groups that their pattern names."""
+
+from . import _library
+
+_library.load()
+
+from . import ops  # noqa: E402, F401
+from ._version import __version__  # noqa: E402
+from .functional import anchor_attention, merge_attention, rope, use_backend  # noqa: E402
+from .key_range_table import KeyRangeTable  # noqa: E402
+from .modules import (  # noqa: E402
+    AttentionConfig,
+    CrossAnchorAttention,
+    CrossAnchorAttentionConfig,
+    JointAnchorAttention,
+    JointAnchorAttentionConfig,
+    MissingAnchorTokenError,
+    MissingBranchTokensError,
+    MixedAttention,
+    MixedAttentionConfig,
+    MultiBranchAnchorAttention,
+    MultiBranchAnchorAttentionConfig,
+    RopeFrequency,
+    RopeFrequencyConfig,
+    SelfAnchorAttention,
+    UnexpectedTokenError,
+)
+from .patterns import AttentionPattern, TokenSpec  # noqa: E402
+from .reference import anchor_attention_reference, rope_reference  # noqa: E402
+
+__all__ = [
+    "AttentionConfig",
+    "AttentionPattern",
+    "CrossAnchorAttention",
+    "CrossAnchorAttentionConfig",
+    "JointAnchorAttention",
+    "JointAnchorAttentionConfig",
+    "KeyRangeTable",
+    "MissingAnchorTokenError",
+    "MissingBranchTokensError",
+    "MixedAttention",
+    "MixedAttentionConfig",
+    "MultiBranchAnchorAttention",
+    "MultiBranchAnchorAttentionConfig",
+    "RopeFrequency",
+    "RopeFrequencyConfig",
+    "SelfAnchorAttention",
+    "TokenSpec",
+    "UnexpectedTokenError",
+    "__version__",
+    "anchor_attention",
+    "anchor_attention_reference",
+    "merge_attention",
+    "rope",
+    "rope_reference",
+    "use_backend",
+]

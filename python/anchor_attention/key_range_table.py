@@ -1,0 +1,348 @@
+"""The key-range table: attention patterns in index form."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from .patterns import AttentionPattern, TokenSpec
+
+Slice = tuple[int, int]
+
+
+class KeyRangeTable:
+    """Which keys each query reads, as ranges. Immutable.
+
+    In CSR form: group ``g`` holds the queries ``[q_ranges[2g], q_ranges[2g+1])`` and reads the key ranges number
+    ``k_offsets[g]`` to ``k_offsets[g+1] - 1`` of ``k_ranges``. Query ranges are disjoint; key ranges of one group may
+    be apart, shared with other groups, empty, or repeated (a repeated range counts twice in the softmax, as a
+    concatenation would). Queries in no range, or with no key, get output 0 and a log-sum-exp of −inf.
+
+    The constructor checks the table and brings it into one canonical form, which depends on its meaning alone: groups
+    without keys are dropped, ranges are sorted, touching ranges are joined. While ``torch.compile`` traces, numbers are
+    symbolic: then the operation does both at run time, and no guard is added.
+
+    Args:
+        q_ranges: Query ranges ``(begin, end)`` one after the other, 2 G integers.
+        k_offsets: First key range of each group and their total number, G + 1 integers.
+        k_ranges: Key ranges ``(begin, end)`` one after the other, 2 R integers.
+
+    Raises:
+        ValueError: If a range is negative, reversed or too large, query ranges overlap, or offsets decrease.
+    """
+
+    __slots__ = ("k_offsets", "k_ranges", "q_ranges")
+
+    q_ranges: tuple[int, ...]
+    k_offsets: tuple[int, ...]
+    k_ranges: tuple[int, ...]
+
+    def __init__(self, q_ranges: Iterable[int], k_offsets: Iterable[int], k_ranges: Iterable[int]) -> None:
+        table = (tuple(q_ranges), tuple(k_offsets), tuple(k_ranges))
+        if not torch.compiler.is_compiling():
+            table = _canonical(*table)
+        for name, numbers in zip(("q_ranges", "k_offsets", "k_ranges"), table, strict=True):
+            object.__setattr__(self, name, numbers)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"KeyRangeTable is immutable: can't set {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"KeyRangeTable is immutable: can't delete {name!r}")
+
+    def __reduce__(self) -> tuple[type[KeyRangeTable], tuple[tuple[int, ...], ...]]:
+        return KeyRangeTable, (self.q_ranges, self.k_offsets, self.k_ranges)
+
+    @classmethod
+    def from_patterns(
+        cls, token_specs: Sequence[TokenSpec], attention_patterns: Sequence[AttentionPattern]
+    ) -> KeyRangeTable:
+        """Makes the table of attention patterns, queries and keys on the same token axis.
+
+        Args:
+            token_specs: The groups in the order of the axis. A size of ``None`` counts as 0.
+            attention_patterns: Each group is a query in at most one pattern.
+
+        Raises:
+            ValueError: If a name is duplicate or unknown, or a group is a query in several patterns.
+        """
+        slices: dict[str, Slice] = {}
+        begin = 0
+        for spec in token_specs:
+            if spec.name in slices:
+                raise ValueError(f"token_specs hold {spec.name!r} more than once")
+            end = begin + (0 if spec.size is None else spec.size)
+            slices[spec.name] = (begin, end)
+            begin = end
+        return cls.from_slices(slices, slices, attention_patterns)
+
+    @classmethod
+    def from_slices(
+        cls,
+        query_slices: Mapping[str, Slice],
+        key_slices: Mapping[str, Slice],
+        attention_patterns: Sequence[AttentionPattern],
+    ) -> KeyRangeTable:
+        """Makes the table of attention patterns, queries and keys on axes of their own.
+
+        Args:
+            query_slices: ``{group: (begin, end)}`` on the query axis.
+            key_slices: ``{group: (begin, end)}`` on the key axis.
+            attention_patterns: Each group is a query in at most one pattern.
+
+        Raises:
+            ValueError: If a name is unknown, or a group is a query in several patterns.
+        """
+        q_ranges: list[int] = []
+        k_offsets: list[int] = [0]
+        k_ranges: list[int] = []
+        seen: set[str] = set()
+        for pattern in attention_patterns:
+            for name in pattern.query_tokens:
+                if name in seen:
+                    raise ValueError(f"Token {name!r} cannot be a query in multiple attention patterns")
+                seen.add(name)
+                q_ranges.extend(_named_slice(query_slices, name))
+                for key_name in pattern.key_value_tokens:
+                    k_ranges.extend(_named_slice(key_slices, key_name))
+                k_offsets.append(len(k_ranges) // 2)
+        return cls(q_ranges, k_offsets, k_ranges)
+
+    @classmethod
+    def from_ranges(cls, q_ranges: Any, k_ranges: Any) -> KeyRangeTable:
+        """Makes the table of paired rows: the queries of ``q_ranges[i]`` read the keys of ``k_ranges[i]``.
+
+        Args:
+            q_ranges: (n, 2) begin and end: nested sequences, an array or a tensor of integers. A range may repeat, to
+                read several key ranges; different ranges must not overlap.
+            k_ranges: (n, 2), likewise.
+
+        Raises:
+            ValueError: If the shapes are not (n, 2) twice, or as for the constructor.
+        """
+        query_rows = _rows("q_ranges", q_ranges)
+        key_rows = _rows("k_ranges", k_ranges)
+        if len(query_rows) != len(key_rows):
+            raise ValueError(
+                f"q_ranges and k_ranges must have equally many rows, got {len(query_rows)} and {len(key_rows)}"
+            )
+        groups: dict[Slice, list[int]] = {}
+        for query, key in zip(query_rows, key_rows, strict=True):
+            groups.setdefault(query, []).extend(key)
+        k_offsets = [0]
+        for keys in groups.values():
+            k_offsets.append(k_offsets[-1] + len(keys) // 2)
+        return cls(
+            (bound for query in groups for bound in query),
+            k_offsets,
+            (bound for keys in groups.values() for bound in keys),
+        )
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens_q: Any, cu_seqlens_k: Any) -> KeyRangeTable:
+        """Makes the block-diagonal table of packed samples.
+
+        Args:
+            cu_seqlens_q: (n + 1,) cumulative query counts: a sequence, an array or a tensor of integers, 0 first.
+            cu_seqlens_k: (n + 1,) cumulative key counts.
+
+        Raises:
+            ValueError: If the lengths differ, or an entry is smaller than the one before.
+        """
+        bounds_q = _integers("cu_seqlens_q", cu_seqlens_q)
+        bounds_k = _integers("cu_seqlens_k", cu_seqlens_k)
+        if len(bounds_q) != len(bounds_k):
+            raise ValueError(
+                f"cu_seqlens_q and cu_seqlens_k must be equally long, got {len(bounds_q)} and {len(bounds_k)} entries"
+            )
+        for name, bounds in (("cu_seqlens_q", bounds_q), ("cu_seqlens_k", bounds_k)):
+            if not bounds or bounds[0] != 0:
+                raise ValueError(f"{name} must begin with 0, got {bounds[:1]}")
+            for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
+                if end < begin:
+                    raise ValueError(f"{name} must not decrease, got {name}[{i}] = {begin} and {name}[{i + 1}] = {end}")
+        n = len(bounds_q) - 1
+        return cls(
+            (bounds_q[i + j] for i in range(n) for j in (0, 1)),
+            range(n + 1),
+            (bounds_k[i + j] for i in range(n) for j in (0, 1)),
+        )
+
+    def entries(self) -> list[tuple[Slice, list[Slice]]]:
+        """Returns ``[((q_begin, q_end), [(k_begin, k_end), …]), …]``."""
+        keys = list(zip(self.k_ranges[::2], self.k_ranges[1::2], strict=True))
+        return [
+            ((self.q_ranges[2 * g], self.q_ranges[2 * g + 1]), keys[self.k_offsets[g] : self.k_offsets[g + 1]])
+            for g in range(len(self.k_offsets) - 1)
+        ]
+
+    def area(self) -> int:
+        """Number of scores, Σ over groups of queries · keys: what time is proportional to."""
+        return sum(
+            (q_end - q_begin) * sum(end - begin for begin, end in keys) for (q_begin, q_end), keys in self.entries()
+        )
+
+    def to_dense(self, n_queries: int, n_keys: int) -> torch.Tensor:
+        """Returns the table as a (n_queries, n_keys) bool mask, True where a query reads a key.
+
+        Raises:
+            ValueError: If a range is out of bounds, or a group reads a key twice, which no mask can say.
+        """
+        self._check_expressible_as_mask(n_queries, n_keys)
+        mask = torch.zeros(n_queries, n_keys, dtype=torch.bool)
+        for (q_begin, q_end), keys in self.entries():
+            for begin, end in keys:
+                mask[q_begin:q_end, begin:end] = True
+        return mask
+
+    def to_block_mask(
+        self, n_queries: int, n_keys: int, *, block_size: int | tuple[int, int] = 128, device: Any = "cpu"
+    ) -> BlockMask:
+        """Returns the table as a ``BlockMask`` of FlexAttention, without ever forming the dense mask.
+
+        Args:
+            n_queries: Length of the query axis.
+            n_keys: Length of the key axis.
+            block_size: Block size of both axes, or (queries, keys).
+            device: Device of the mask's tensors.
+
+        Raises:
+            ValueError: As :meth:`to_dense`.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        self._check_expressible_as_mask(n_queries, n_keys)
+        q_block, k_block = (block_size, block_size) if isinstance(block_size, int) else block_size
+        entries = self.entries()
+        key_bounds = sorted({0, n_keys, *self.k_ranges})
+        segments = list(itertools.pairwise(key_bounds))
+        group_of_query = torch.full((n_queries,), len(entries), device=device)
+        segment_of_key = torch.zeros(n_keys, dtype=torch.int64, device=device)
+        reads = torch.zeros(len(entries) + 1, max(len(segments), 1), dtype=torch.bool, device=device)
+        for s, (begin, end) in enumerate(segments):
+            segment_of_key[begin:end] = s
+        for g, ((q_begin, q_end), keys) in enumerate(entries):
+            group_of_query[q_begin:q_end] = g
+            for begin, end in keys:
+                reads[g, key_bounds.index(begin) : key_bounds.index(end)] = True
+
+        # Scores of a block = Σ over groups and segments of queries in it · reads · keys in it, exact in float64.
+        queries_in_block = _block_histogram(group_of_query, len(entries) + 1, q_block)
+        keys_in_block = _block_histogram(segment_of_key, reads.size(1), k_block)
+        scores = queries_in_block @ reads.double() @ keys_in_block.T
+        full = scores == q_block * k_block
+        partial = (scores > 0) & ~full
+
+        def mask_mod(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
+            return reads[group_of_query[q_idx], segment_of_key[kv_idx]]
+
+        return BlockMask.from_kv_blocks(
+            *_ordered_blocks(partial),
+            *_ordered_blocks(full),
+            BLOCK_SIZE=(q_block, k_block),
+            mask_mod=mask_mod,
+            seq_lengths=(n_queries, n_keys),
+        )
+
+    def picture(self, width: int = 64) -> str:
+        """Draws who reads whom: a row per group of queries, ``width`` columns over the keys, ``█`` where they read."""
+        if not self.q_ranges:
+            return "(no query reads a key)"
+        n_keys = max(self.k_ranges)
+        labels = [f"[{begin}, {end})" for (begin, end), _ in self.entries()]
+        pad = max(map(len, [*labels, "queries"]))
+        lines = [f"{'queries':>{pad}} | keys [0, {n_keys})"]
+        for label, (_, keys) in zip(labels, self.entries(), strict=True):
+            cells = ["·"] * width
+            for begin, end in keys:
+                first, last = begin * width // n_keys, max(-(-end * width // n_keys), begin * width // n_keys + 1)
+                cells[first:last] = "█" * (last - first)
+            lines.append(f"{label:>{pad}} | {''.join(cells)}")
+        return "\n".join(lines)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KeyRangeTable):
+            return NotImplemented
+        return (self.q_ranges, self.k_offsets, self.k_ranges) == (other.q_ranges, other.k_offsets, other.k_ranges)
+
+    def __hash__(self) -> int:
+        return hash((self.q_ranges, self.k_offsets, self.k_ranges))
+
+    def __repr__(self) -> str:
+        shown = [
+            f"[{q_begin}, {q_end}) → " + " ∪ ".join(f"[{begin}, {end})" for begin, end in keys)
+            for (q_begin, q_end), keys in self.entries()
+        ]
+        if len(shown) > 8:
+            shown[4:-3] = [f"… {len(shown) - 7} more …"]
+        return f"KeyRangeTable({'; '.join(shown)})"
+
+    def _check_expressible_as_mask(self, n_queries: int, n_keys: int) -> None:
+        _canonical(self.q_ranges, self.k_offsets, self.k_ranges, n_queries, n_keys)
+        for (q_begin, q_end), keys in self.entries():
+            for (_, end), (following, _) in itertools.pairwise(keys):
+                if following < end:
+                    raise ValueError(
+                        f"queries [{q_begin}, {q_end}) read key {following} more than once, which a mask can't say"
+                    )
+
+
+def _canonical(
+    q_ranges: Sequence[int],
+    k_offsets: Sequence[int],
+    k_ranges: Sequence[int],
+    n_queries: int = 2**31 - 1,
+    n_keys: int = 2**31 - 1,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    try:
+        tables = torch.ops.anchor_attention.canonical_key_ranges(q_ranges, k_offsets, k_ranges, n_queries, n_keys)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    canonical_q_ranges, canonical_k_offsets, canonical_k_ranges = (tuple(numbers) for numbers in tables)
+    return canonical_q_ranges, canonical_k_offsets, canonical_k_ranges
+
+
+def _named_slice(slices: Mapping[str, Slice], name: str) -> Slice:
+    if name not in slices:
+        raise ValueError(f"Token {name!r} is not defined in `token_specs`, which hold {sorted(slices)}")
+    return slices[name]
+
+
+def _integers(name: str, numbers: Any) -> list[int]:
+    tensor = torch.as_tensor(numbers)
+    if tensor.numel() == 0:
+        return []
+    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} must be one-dimensional integers, got shape {tuple(tensor.shape)}, {tensor.dtype}")
+    return [int(number) for number in tensor.tolist()]
+
+
+def _rows(name: str, ranges: Any) -> list[Slice]:
+    tensor = torch.as_tensor(ranges)
+    if tensor.numel() == 0:
+        return []
+    if tensor.dim() != 2 or tensor.size(1) != 2:
+        raise ValueError(f"{name} must have shape (n, 2), got {tuple(tensor.shape)}")
+    numbers = _integers(name, tensor.flatten())
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _block_histogram(labels: torch.Tensor, n_labels: int, block: int) -> torch.Tensor:
+    """Counts the labels in each block of consecutive positions: (blocks, n_labels) float64."""
+    n_blocks = -(-labels.numel() // block)
+    blocks = torch.arange(labels.numel(), device=labels.device) // block
+    counts = torch.bincount(blocks * n_labels + labels, minlength=n_blocks * n_labels)
+    return counts.view(n_blocks, n_labels).double()
+
+
+def _ordered_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turns a (rows, columns) bool matrix into FlexAttention's counts and index lists, (1, 1, rows[, columns])."""
+    counts = chosen.sum(-1).to(torch.int32)
+    order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
+    return counts[None, None], order[None, None]

@@ -1,0 +1,191 @@
+"""Configurations of the modules: frozen dataclasses that check their fields."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+INIT_WEIGHTS = ("truncnormal002", "truncnormal", "torch", "truncnormal002-identity", "zeros")
+ROPE_IMPLEMENTATIONS = ("complex", "real")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Fields that every attention module has.
+
+    Args:
+        hidden_dim: Width of the tokens, a multiple of ``num_heads``.
+        num_heads: Number of heads.
+        use_rope: Whether queries and keys are rotated by ``freqs``, which ``forward`` then requires.
+        dropout: Probability with which attention weights are dropped while training.
+        init_weights: ``"truncnormal002"`` or ``"truncnormal"`` (standard deviation 0.02, zero bias),
+            ``"truncnormal002-identity"`` (the same, and a zero output projection), ``"torch"`` (what ``nn.Linear``
+            does), ``"zeros"``.
+        bias: Whether the projections have a bias.
+
+    Raises:
+        ValueError: If a field is out of its range.
+    """
+
+    hidden_dim: int
+    num_heads: int
+    use_rope: bool = False
+    dropout: float = 0.0
+    init_weights: str = "truncnormal002"
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("hidden_dim", "num_heads"):
+            _check_positive_integer(field, getattr(self, field))
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"hidden_dim must be divisible by num_heads, got hidden_dim={self.hidden_dim} "
+                f"and num_heads={self.num_heads}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.init_weights not in INIT_WEIGHTS:
+            raise ValueError(f"init_weights must be one of {INIT_WEIGHTS}, got {self.init_weights!r}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden_dim // self.num_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedAttentionConfig(AttentionConfig):
+    """Configuration of :class:`MixedAttention`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiBranchAnchorAttentionConfig(AttentionConfig):
+    """Configuration of :class:`MultiBranchAnchorAttention` and :class:`SelfAnchorAttention`.
+
+    Args:
+        branches: Names of the branches: prefixes of their token groups' names. At least one.
+        anchor_suffix: The anchors of a branch are the group ``branch + anchor_suffix``.
+
+    Raises:
+        ValueError: If there are too few branches, a name is empty or comes twice, or the suffix is empty.
+    """
+
+    branches: tuple[str, ...]
+    anchor_suffix: str = "_anchors"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.branches, str) or not isinstance(self.branches, Iterable):
+            raise ValueError(f"branches must be a sequence of names, got {self.branches!r}")
+        branches = tuple(self.branches)
+        object.__setattr__(self, "branches", branches)
+        if not branches:
+            raise ValueError("branches list cannot be empty, got ()")
+        if not all(isinstance(branch, str) and branch for branch in branches):
+            raise ValueError(f"branches must be non-empty strings, got {branches}")
+        if len(set(branches)) != len(branches):
+            raise ValueError(f"branches must differ from each other, got {branches}")
+        if not isinstance(self.anchor_suffix, str) or not self.anchor_suffix:
+            raise ValueError(f"anchor_suffix must be a non-empty string, got {self.anchor_suffix!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossAnchorAttentionConfig(MultiBranchAnchorAttentionConfig):
+    """Configuration of :class:`CrossAnchorAttention`: at least two branches."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_two_branches("CrossAnchorAttention", self.branches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointAnchorAttentionConfig(MultiBranchAnchorAttentionConfig):
+    """Configuration of :class:`JointAnchorAttention`: at least two branches."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_two_branches("JointAnchorAttention", self.branches)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeFrequencyConfig:
+    """Configuration of :class:`RopeFrequency`.
+
+    Args:
+        hidden_dim: Width of one attention head, even.
+        input_dim: Number of coordinates, with at least two dimensions of the head for each.
+        max_wavelength: The slowest frequency is a little above ``1 / max_wavelength``, in radians per unit length.
+        implementation: ``"complex"``, or ``"real"`` for the legacy form.
+
+    Raises:
+        ValueError: If a field is out of its range.
+    """
+
+    hidden_dim: int
+    input_dim: int
+    max_wavelength: float = 10000.0
+    implementation: str = "complex"
+
+    def __post_init__(self) -> None:
+        for field in ("hidden_dim", "input_dim"):
+            _check_positive_integer(field, getattr(self, field))
+        if self.hidden_dim % 2 or self.hidden_dim < 2 * self.input_dim:
+            raise ValueError(
+                f"hidden_dim must be even and at least 2 * input_dim, got hidden_dim={self.hidden_dim} "
+                f"and input_dim={self.input_dim}"
+            )
+        if not self.max_wavelength > 0:
+            raise ValueError(f"max_wavelength must be positive, got {self.max_wavelength}")
+        if self.implementation not in ROPE_IMPLEMENTATIONS:
+            raise ValueError(f"implementation must be one of {ROPE_IMPLEMENTATIONS}, got {self.implementation!r}")
+
+
+Config = TypeVar("Config", bound=AttentionConfig)
+
+
+def resolve_config(config_class: type[Config], config: Any, fields: Mapping[str, Any]) -> Config:
+    """Makes a ``config_class`` of a config object that has its fields, or of the fields as keywords.
+
+    Args:
+        config_class: What to make.
+        config: Any object with the fields as attributes (those with a default may be missing), or ``None``.
+        fields: The fields by name, if ``config`` is ``None``. ``dim`` is accepted for ``hidden_dim``.
+
+    Raises:
+        TypeError: If both or neither are given, or a field is missing or unknown.
+        ValueError: If a field is out of its range, or the object asks for a normalisation of queries and keys.
+    """
+    if config is not None and fields:
+        raise TypeError(f"give either a config or its fields, got {type(config).__name__} and {sorted(fields)}")
+    if isinstance(config, config_class):
+        return config
+    if config is None:
+        values = dict(fields)
+        if "dim" in values and "hidden_dim" in values:
+            raise TypeError(
+                f"dim is another name for hidden_dim: give one, got {values['dim']}, {values['hidden_dim']}"
+            )
+    else:
+        names = [field.name for field in dataclasses.fields(config_class)]
+        values = {name: getattr(config, name) for name in (*names, "dim") if hasattr(config, name)}
+        # Ignoring it would load a checkpoint of a normalised model without a word and compute something else.
+        if getattr(config, "qk_norm", False):
+            raise ValueError(f"qk_norm of {type(config).__name__} is not supported, got {config.qk_norm}")
+    dim = values.pop("dim", None)
+    if dim is not None:
+        values.setdefault("hidden_dim", dim)
+    return config_class(**values)
+
+
+def _check_positive_integer(field: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{field} must be a positive integer, got {value!r}")
+
+
+def _check_two_branches(module: str, branches: tuple[str, ...]) -> None:
+    if len(branches) < 2:
+        raise ValueError(
+            f"{module} needs at least two branches, got {len(branches)}: {branches}. Otherwise use SelfAnchorAttention"
+        )

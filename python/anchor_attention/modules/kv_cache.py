@@ -1,0 +1,81 @@
+"""Keys and values that outlive a call: {group: {"k", "v"[, "mask"]}}."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+KVCache = dict[str, dict[str, Tensor]]
+CacheEntry = Mapping[str, Tensor]
+
+
+def cached_size(name: str, entry: CacheEntry, batch: int, heads: int, head_dim: int) -> int:
+    """Returns how many tokens an entry of a cache holds.
+
+    Raises:
+        ValueError: If the entry lacks its keys or values, or a shape or the mask's dtype does not fit.
+    """
+    if "k" not in entry or "v" not in entry:
+        raise ValueError(f"kv_cache[{name!r}] must hold 'k' and 'v', got {sorted(entry)}")
+    k, v, mask = entry["k"], entry["v"], entry.get("mask")
+    if k.dim() != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (batch, heads, head_dim):
+        raise ValueError(
+            f"kv_cache[{name!r}]['k'] must be (batch={batch}, heads={heads}, tokens, head_dim={head_dim}), "
+            f"got shape {tuple(k.shape)}"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"kv_cache[{name!r}]['v'] must have the shape of 'k', {tuple(k.shape)}, got {tuple(v.shape)}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != (k.shape[0], k.shape[2])):
+        raise ValueError(
+            f"kv_cache[{name!r}]['mask'] must be bool of shape {(k.shape[0], k.shape[2])}, "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    return k.shape[2]
+
+
+def append_cached(
+    fresh: tuple[Tensor, Tensor] | None, fresh_mask: Tensor | None, entries: Sequence[CacheEntry]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Puts cached keys and values behind the fresh ones.
+
+    Args:
+        fresh: k and v, (B, tokens, H, D), or ``None`` if the cache is all there is.
+        fresh_mask: (B, tokens) bool of the fresh keys, ``None`` where all are real.
+        entries: Entries of the cache, at least one.
+
+    Returns:
+        k and v (B, Nk, H, D), and their mask (B, Nk), ``None`` if no part has one.
+    """
+    keys = [] if fresh is None else [fresh[0]]
+    values = [] if fresh is None else [fresh[1]]
+    masks = [] if fresh is None else [fresh_mask]
+    for entry in entries:
+        keys.append(entry["k"].transpose(1, 2))
+        values.append(entry["v"].transpose(1, 2))
+        masks.append(entry.get("mask"))
+    key_mask = None
+    if any(mask is not None for mask in masks):
+        key_mask = torch.cat(
+            [
+                k.new_ones(k.shape[:2], dtype=torch.bool) if mask is None else mask
+                for k, mask in zip(keys, masks, strict=True)
+            ],
+            dim=1,
+        )
+    # A single entry is used as it is, without a copy.
+    if len(keys) == 1:
+        return keys[0], values[0], key_mask
+    return torch.cat(keys, dim=1), torch.cat(values, dim=1), key_mask
+
+
+def make_cache(k: Tensor, v: Tensor, key_mask: Tensor | None, key_slices: Mapping[str, tuple[int, int]]) -> KVCache:
+    """Cuts rotated keys and values (B, Nk, H, D), and their mask (B, Nk), into the entries of a cache."""
+    cache: KVCache = {}
+    for name, (begin, end) in key_slices.items():
+        cache[name] = {"k": k[:, begin:end].transpose(1, 2), "v": v[:, begin:end].transpose(1, 2)}
+        if key_mask is not None:
+            # The mask belongs to the caller, who may reuse its memory.
+            cache[name]["mask"] = key_mask[:, begin:end].clone()
+    return cache

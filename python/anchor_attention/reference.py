@@ -1,0 +1,59 @@
+"""The operation in plain PyTorch: the definition that the fused kernels are held against, and a selectable back-end."""
+
+from __future__ import annotations
+
+import torch
+
+from .key_range_table import KeyRangeTable
+
+
+def rope_reference(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """Rotates interleaved pairs by complex factors; see :func:`anchor_attention.rope`."""
+    working = torch.float64 if x.dtype == torch.float64 else torch.float32
+    re, im = x[..., ::2].to(working), x[..., 1::2].to(working)
+    cos, sin = freqs.real.to(working).unsqueeze(2), freqs.imag.to(working).unsqueeze(2)
+    return torch.stack((re * cos - im * sin, re * sin + im * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def anchor_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: KeyRangeTable,
+    *,
+    q_freqs: torch.Tensor | None = None,
+    k_freqs: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention with per-group key ranges, group by group; see :func:`anchor_attention.anchor_attention`.
+
+    Computes in float32 (float64 for float64) from q, k and v as they are, and rounds the output once.
+    """
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    if q_freqs is not None:
+        q = rope_reference(q, q_freqs)
+    if k_freqs is not None:
+        k = rope_reference(k, k_freqs)
+    working = torch.float64 if q.dtype == torch.float64 else torch.float32
+    queries, keys, values = (tensor.to(working).transpose(1, 2) for tensor in (q, k, v))
+    # Zeros that hang on the queries: with an empty table, too, the output can be differentiated.
+    out = queries.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
+    lse = torch.full(queries.shape[:-1], -torch.inf, dtype=working, device=q.device)
+    for (q_begin, q_end), key_ranges in table.entries():
+        if not key_ranges:
+            continue
+        rows = slice(q_begin, q_end)
+        index = torch.cat([torch.arange(begin, end, device=q.device) for begin, end in key_ranges])
+        scores = queries[:, :, rows] @ keys[:, :, index].transpose(-1, -2) * scale
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, None, None, index], -torch.inf)
+        group_lse = torch.logsumexp(scores, dim=-1)
+        # A row without keys has scores and lse of −inf; 0 in lse's place makes its probabilities 0 instead of NaN.
+        reachable = group_lse > -torch.inf
+        probabilities = torch.exp(scores - torch.where(reachable, group_lse, 0.0).unsqueeze(-1))
+        out[:, :, rows] = probabilities @ values[:, :, index]
+        lse[:, :, rows] = group_lse
+    out = out.transpose(1, 2).contiguous().to(q.dtype)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,47 @@
+"""Calls CMake, which is the one description of the build, and puts its library into the package."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Builds in build/cmake, which is kept: a second build compiles only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        build_directory = ROOT / "build" / "cmake"
+        package_directory = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        options = [
+            f"-DPython3_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_INSTALL_PREFIX={package_directory.parent}",
+        ]
+        for name in ("ANCHOR_ATTENTION_CUDA", "ANCHOR_ATTENTION_CUDA_ARCHS", "ANCHOR_ATTENTION_SANITIZE"):
+            if name in os.environ:
+                options.append(f"-D{name}={os.environ[name]}")
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
+        try:
+            subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build_directory), *options], check=True)
+            subprocess.run(["cmake", "--build", str(build_directory), "--parallel", jobs], check=True)
+            subprocess.run(["cmake", "--install", str(build_directory)], check=True)
+        except FileNotFoundError:
+            raise SystemExit("anchor-attention: CMake is missing; install it with 'pip install cmake'") from None
+
+
+class PlatformWheel(bdist_wheel):
+    """The library knows neither Python nor its ABI: one wheel serves every version."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("anchor_attention.libanchor_attention", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+)

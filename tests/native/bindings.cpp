@@ -1,0 +1,40 @@
+// The torch-free C++ behind a Python module, for tests only.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "../../csrc/key_ranges.h"
+
+namespace py = pybind11;
+using namespace anchor_attention;
+
+namespace {
+
+using Numbers = std::vector<int64_t>;
+
+KeyRangeTable table_of(const Numbers& q_ranges, const Numbers& k_offsets, const Numbers& k_ranges) {
+  return make_key_range_table(q_ranges, k_offsets, k_ranges, 1 << 30, 1 << 30);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(anchor_attention_native, m) {
+  m.def("transpose", [](const Numbers& q_ranges, const Numbers& k_offsets, const Numbers& k_ranges) {
+    const TransposedKeyRangeTable out = transpose(table_of(q_ranges, k_offsets, k_ranges).view());
+    return std::tuple(out.k_ranges, out.q_offsets, out.q_ranges);
+  });
+  m.def("area", [](const Numbers& q_ranges, const Numbers& k_offsets, const Numbers& k_ranges) {
+    return table_of(q_ranges, k_offsets, k_ranges).area();
+  });
+  m.def("compact_keys", [](const Numbers& q_ranges, const Numbers& k_offsets, const Numbers& k_ranges, int64_t n_keys,
+                           std::optional<py::array_t<bool>> mask) {
+    const KeyRangeTable table = table_of(q_ranges, k_offsets, k_ranges);
+    const CompactedKeys out = compact_keys(table.view(), mask ? mask->data() : nullptr, n_keys);
+    return std::tuple(out.source, out.table.q_ranges, out.table.k_offsets, out.table.k_ranges);
+  });
+}

@@ -1,0 +1,151 @@
+// Drives the CPU kernels over random problems on std::thread, for sanitizer builds: every byte that they touch lies in
+// a buffer of just the right size. Also checks that rows with keys come out finite and gradients repeat bit for bit.
+#include <cmath>
+#include <complex>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/kernels/cpu/attention.h"
+#include "../../csrc/key_ranges.h"
+
+using namespace anchor_attention;
+
+namespace {
+
+cpu::Executor thread_executor(int64_t threads) {
+  return {threads, [threads](int64_t n, const std::function<void(int64_t)>& task) {
+            std::vector<std::thread> pool;
+            for (int64_t t = 0; t < std::min(threads, n); ++t) {
+              pool.emplace_back([&, t] {
+                for (int64_t i = t; i < n; i += threads) task(i);
+              });
+            }
+            for (std::thread& thread : pool) thread.join();
+          }};
+}
+
+std::mt19937 generator(0);
+
+int64_t random_between(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
+
+// n values of the storage type: 16-bit ones get bits of moderate magnitude.
+std::vector<char> random_values(int64_t n, ScalarType dtype) {
+  std::normal_distribution<double> normal;
+  const int64_t size = dtype == ScalarType::float64 ? 8 : dtype == ScalarType::float32 ? 4 : 2;
+  std::vector<char> bytes(n * size);
+  for (int64_t i = 0; i < n; ++i) {
+    const double value = normal(generator);
+    if (size == 8) reinterpret_cast<double*>(bytes.data())[i] = value;
+    if (size == 4) reinterpret_cast<float*>(bytes.data())[i] = static_cast<float>(value);
+    if (size == 2) {
+      const uint16_t one = dtype == ScalarType::bfloat16 ? 0x3f80 : 0x3c00;
+      reinterpret_cast<uint16_t*>(bytes.data())[i] =
+          static_cast<uint16_t>((one - random_between(0, 600)) | (value < 0 ? 0x8000 : 0));
+    }
+  }
+  return bytes;
+}
+
+KeyRangeTable random_table(int64_t n_queries, int64_t n_keys) {
+  std::vector<int64_t> q_ranges, k_offsets{0}, k_ranges;
+  for (int64_t begin = random_between(0, 3); begin < n_queries;) {
+    const int64_t end = std::min(n_queries, begin + random_between(1, 100));
+    q_ranges.insert(q_ranges.end(), {begin, end});
+    for (int64_t r = random_between(0, 3); r > 0; --r) {
+      const int64_t first = random_between(0, n_keys);
+      k_ranges.insert(k_ranges.end(), {first, random_between(first, n_keys)});
+    }
+    k_offsets.push_back(static_cast<int64_t>(k_ranges.size() / 2));
+    begin = end + random_between(0, 5);
+  }
+  return make_key_range_table(q_ranges, k_offsets, k_ranges, n_queries, n_keys);
+}
+
+void fail(const char* text) {
+  std::fprintf(stderr, "drive_kernels: %s\n", text);
+  std::exit(1);
+}
+
+void drive(ScalarType dtype) {
+  const int64_t batch = random_between(1, 2), heads = random_between(1, 3), head_dim = 8 * random_between(1, 10);
+  const int64_t n_queries = random_between(1, 180), n_keys = random_between(1, 180);
+  const bool wide = dtype == ScalarType::float64;
+  const int64_t size = wide ? 8 : dtype == ScalarType::float32 ? 4 : 2;
+  const int64_t working = wide ? 8 : 4;
+  const KeyRangeTable table = random_table(n_queries, n_keys);
+  const auto values = [&](int64_t tokens) { return random_values(batch * tokens * heads * head_dim, dtype); };
+  const auto q = values(n_queries), k = values(n_keys), v = values(n_keys), grad_out = values(n_queries);
+  const auto freqs = random_values(n_queries * head_dim, wide ? ScalarType::float64 : ScalarType::float32);
+  const auto mask_bits = std::make_unique<bool[]>(batch * n_keys);
+  for (int64_t i = 0; i < batch * n_keys; ++i) mask_bits[i] = random_between(0, 3) > 0;
+  std::vector<char> out(q.size()), lse(batch * heads * n_queries * working);
+
+  const auto strides = [&](int64_t tokens) { return Strides{tokens * heads * head_dim, heads * head_dim, head_dim}; };
+  AttentionParams p{};
+  p.q = q.data();
+  p.k = k.data();
+  p.v = v.data();
+  p.q_freqs = random_between(0, 1) ? freqs.data() : nullptr;
+  p.key_mask = random_between(0, 1) ? mask_bits.get() : nullptr;
+  p.out = out.data();
+  p.lse = lse.data();
+  p.q_strides = strides(n_queries);
+  p.k_strides = p.v_strides = strides(n_keys);
+  p.q_freqs_strides = {0, head_dim / 2};
+  p.key_mask_batch_stride = n_keys;
+  p.batch = batch;
+  p.n_queries = n_queries;
+  p.n_keys = n_keys;
+  p.heads = heads;
+  p.head_dim = head_dim;
+  p.scale = 0.2;
+  p.dtype = dtype;
+  p.table = table.view();
+  const cpu::Executor executor = thread_executor(random_between(1, 4));
+  cpu::attention(p, executor);
+  for (int64_t i = 0; i < batch * heads * n_queries; ++i) {
+    const double value = wide ? reinterpret_cast<double*>(lse.data())[i] : reinterpret_cast<float*>(lse.data())[i];
+    if (std::isnan(value) || value == INFINITY) fail("lse is no number");
+  }
+
+  std::vector<char> first[4];
+  for (int repeat = 0; repeat < 2; ++repeat) {
+    std::vector<char> grads[4] = {std::vector<char>(q.size()), std::vector<char>(k.size()), std::vector<char>(v.size()),
+                                  std::vector<char>(n_queries * head_dim * working)};
+    AttentionBackwardParams b{};
+    b.forward = p;
+    b.grad_out = grad_out.data();
+    b.grad_out_strides = p.q_strides;
+    b.grad_q = grads[0].data();
+    b.grad_k = grads[1].data();
+    b.grad_v = grads[2].data();
+    b.grad_q_freqs = p.q_freqs ? grads[3].data() : nullptr;
+    cpu::attention_backward(b, executor);
+    for (int i = 0; i < 4; ++i) {
+      if (repeat == 1 && grads[i] != first[i]) fail("gradients differ between two runs");
+      first[i] = grads[i];
+    }
+  }
+
+  std::vector<char> rotated(q.size()), grad_x(q.size()), grad_freqs(freqs.size());
+  RopeParams r{q.data(), freqs.data(), rotated.data(), p.q_strides, {0, head_dim / 2},
+               batch,    n_queries,    heads,          head_dim,    dtype};
+  cpu::rope(r, executor);
+  cpu::rope_backward({r, grad_out.data(), p.q_strides, grad_x.data(), grad_freqs.data()}, executor);
+  if (size == 2 && rotated.empty()) fail("nothing was rotated");
+}
+
+}  // namespace
+
+int main() {
+  int problems = 0;
+  for (ScalarType dtype : {ScalarType::float32, ScalarType::bfloat16, ScalarType::float16, ScalarType::float64}) {
+    for (int i = 0; i < 12; ++i, ++problems) drive(dtype);
+  }
+  std::printf("%d problems passed\n", problems);
+}

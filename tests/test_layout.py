@@ -1,0 +1,77 @@
+"""Rules of the house that a compiler does not check."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from anchor_attention import _library
+
+ROOT = Path(__file__).parents[1]
+CODE = [
+    path
+    for folder in ("csrc", "python", "tests", "benchmarks", "examples", "scripts")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"} and "build" not in path.parts
+]
+
+
+def test_kernels_know_no_torch() -> None:
+    files = [path for path in CODE if "kernels" in path.parts and "csrc" in path.parts]
+    files += [ROOT / "csrc" / name for name in ("params.h", "key_ranges.h", "key_ranges.cpp")]
+    assert len(files) > 10
+    for path in files:
+        assert not re.search(r'#include *[<"](torch|ATen|c10)/', path.read_text()), path
+
+
+def test_the_library_uses_stable_headers_only() -> None:
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in {".cpp", ".h"}:
+            for header in re.findall(r'#include *[<"]((?:torch|ATen|c10)/[^>"]+)', path.read_text()):
+                assert header.startswith(("torch/csrc/stable/", "torch/headeronly/")), f"{path}: {header}"
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_too_long_to_read(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_instruction_sets_share_no_code() -> None:
+    """A weak function that two sets define is kept once, maybe compiled for a processor that isn't there."""
+    objects = sorted((ROOT / "build").rglob("cpu_*.dir/**/*.o"))
+    if not objects:
+        objects = sorted((ROOT / "build").rglob("*.o"))
+    objects = [path for path in objects if "cpu_" in str(path)]
+    assert objects, "build the library first"
+    for path in objects:
+        symbols = subprocess.run(["nm", "-C", "--defined-only", str(path)], capture_output=True, text=True, check=True)
+        isa = re.search(r"cpu_(\w+)\.dir", str(path)).group(1)
+        for line in symbols.stdout.splitlines():
+            _, kind, name = line.split(maxsplit=2)
+            if kind in "WVuB" and "anchor_attention::cpu::" + isa not in name:
+                raise AssertionError(f"{path.name} of {isa} defines {name}, which another set may define, too")
+
+
+def test_every_operation_is_documented_by_its_schema() -> None:
+    registration = (ROOT / "csrc" / "registration.cpp").read_text()
+    names = set(re.findall(r'"(\w+)\(', registration))
+    assert names == {"attention", "attention_backward", "rope", "rope_backward", "canonical_key_ranges"}
+    assert all(hasattr(torch.ops.anchor_attention, name) for name in names)
+
+
+def test_library_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(_library.LIBRARY_VARIABLE, str(tmp_path / "missing.so"))
+    with pytest.raises(ImportError, match=r"missing\.so is missing; build it with"):
+        _library.load()
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setenv(_library.LIBRARY_VARIABLE, str(broken))
+    with pytest.raises(ImportError, match=r"broken\.so can't be loaded with torch"):
+        _library.load()
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    with pytest.raises(ImportError, match=r"needs torch >= 2\.10, found 2\.9\.1"):
+        _library.load()
