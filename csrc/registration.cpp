@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "host/attention.h"
+#include "host/device.h"
 #include "host/key_ranges.h"
 #include "host/rope.h"
 
@@ -10,11 +11,12 @@ using namespace anchor_attention;
 STABLE_TORCH_LIBRARY(anchor_attention, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, SymInt[] q_ranges, SymInt[] k_offsets, SymInt[] k_ranges, "
-      "Tensor? q_freqs=None, Tensor? key_mask=None, float? scale=None) -> (Tensor out, Tensor lse)");
+      "Tensor? q_freqs=None, Tensor? key_mask=None, float? scale=None, bool allow_tf32=False) -> (Tensor out, Tensor "
+      "lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "SymInt[] q_ranges, SymInt[] k_offsets, SymInt[] k_ranges, Tensor? q_freqs, Tensor? key_mask, float? scale, "
-      "bool need_q, bool need_k, bool need_v, bool need_q_freqs) "
+      "bool allow_tf32, bool need_q, bool need_k, bool need_v, bool need_q_freqs) "
       "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_q_freqs)");
   m.def("rope(Tensor x, Tensor freqs) -> Tensor");
   m.def(
@@ -26,11 +28,20 @@ STABLE_TORCH_LIBRARY(anchor_attention, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(anchor_attention, CPU, m) {
-  m.impl("attention", TORCH_BOX(&attention_cpu));
-  m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
-  m.impl("rope", TORCH_BOX(&rope_cpu));
-  m.impl("rope_backward", TORCH_BOX(&rope_backward_cpu));
+  m.impl("attention", TORCH_BOX(&attention<Cpu>));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward<Cpu>));
+  m.impl("rope", TORCH_BOX(&rope<Cpu>));
+  m.impl("rope_backward", TORCH_BOX(&rope_backward<Cpu>));
 }
+
+#ifdef ANCHOR_ATTENTION_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(anchor_attention, CUDA, m) {
+  m.impl("attention", TORCH_BOX(&attention<Cuda>));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward<Cuda>));
+  m.impl("rope", TORCH_BOX(&rope<Cuda>));
+  m.impl("rope_backward", TORCH_BOX(&rope_backward<Cuda>));
+}
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(anchor_attention, CompositeExplicitAutograd, m) {
   m.impl("canonical_key_ranges", TORCH_BOX(&canonical_key_ranges));

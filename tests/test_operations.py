@@ -34,7 +34,7 @@ def _attention_samples() -> dict[str, tuple[Any, ...]]:
     mask = torch.rand(2, 7) < 0.7
     return {
         "plain": (q, k, v, *TABLE),
-        "all arguments": (q, k, v, *TABLE, freqs, mask, 0.3),
+        "all arguments": (q, k, v, *TABLE, freqs, mask, 0.3, True),
         "shared freqs": (q, k, v, *TABLE, unit_freqs(1, 9, 8)),
         "no gradient": (*_tensors(requires_grad=False), *TABLE),
         "bfloat16": (*_tensors(torch.bfloat16), *TABLE, freqs),
@@ -53,7 +53,7 @@ def _backward_sample() -> tuple[Any, ...]:
     freqs = unit_freqs(1, 9, 8)
     out, lse = ops.attention(q, k, v, *TABLE, freqs)
     grads = (torch.randn_like(out), torch.randn_like(lse))
-    return (*grads, q, k, v, out, lse, *TABLE, freqs, None, None, True, True, False, True)
+    return (*grads, q, k, v, out, lse, *TABLE, freqs, None, None, False, True, True, False, True)
 
 
 @pytest.mark.parametrize("name", _attention_samples())

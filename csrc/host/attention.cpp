@@ -5,9 +5,7 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "../kernels/cpu/attention.h"
 #include "checks.h"
-#include "executor.h"
 
 namespace anchor_attention {
 namespace {
@@ -25,15 +23,17 @@ KeyRangeTable checked_table(const std::vector<int64_t>& q_ranges, const std::vec
   }
 }
 
-// An unwanted gradient is returned as an empty tensor: the schema's returns are not optional.
-Tensor grad_like(const Tensor& tensor, bool wanted) {
-  if (!wanted) return torch::stable::new_empty(tensor, {0});
+std::vector<int64_t> shape_of(const Tensor& tensor) {
   std::vector<int64_t> shape;
   for (int64_t axis = 0; axis < tensor.dim(); ++axis) shape.push_back(tensor.size(axis));
-  return torch::stable::new_empty(tensor, shape);
+  return shape;
 }
 
-void* data_or_null(Tensor& tensor, bool wanted) { return wanted ? tensor.mutable_data_ptr() : nullptr; }
+Tensor new_gradient(const Tensor& tensor, bool needed, void*& data) {
+  Tensor grad = torch::stable::new_empty(tensor, needed ? shape_of(tensor) : std::vector<int64_t>{0});
+  data = needed ? grad.mutable_data_ptr() : nullptr;
+  return grad;
+}
 
 }  // namespace
 
@@ -127,40 +127,24 @@ AttentionBackwardParams check_attention_backward(const AttentionParams& forward,
   return p;
 }
 
-std::tuple<Tensor, Tensor> attention_cpu(Tensor q, Tensor k, Tensor v, std::vector<int64_t> q_ranges,
-                                         std::vector<int64_t> k_offsets, std::vector<int64_t> k_ranges,
-                                         std::optional<Tensor> q_freqs, std::optional<Tensor> key_mask,
-                                         std::optional<double> scale) {
-  CheckedAttention checked = check_attention(q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale);
-  AttentionParams& p = checked.params;
+std::tuple<Tensor, Tensor> new_outputs(const Tensor& q, AttentionParams& p) {
   Tensor out = torch::stable::new_empty(q, {p.batch, p.n_queries, p.heads, p.head_dim});
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.n_queries}, lse_dtype(p.dtype));
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
-  cpu::attention(p, torch_executor());
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(
-    Tensor grad_out, std::optional<Tensor> grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-    std::vector<int64_t> q_ranges, std::vector<int64_t> k_offsets, std::vector<int64_t> k_ranges,
-    std::optional<Tensor> q_freqs, std::optional<Tensor> key_mask, std::optional<double> scale, bool need_q,
-    bool need_k, bool need_v, bool need_q_freqs) {
-  const CheckedAttention checked = check_attention(q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> new_gradients(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                         const std::optional<Tensor>& q_freqs, bool need_q, bool need_k,
+                                                         bool need_v, bool need_q_freqs, AttentionBackwardParams& p) {
   check(q_freqs.has_value() || !need_q_freqs, "need_q_freqs is true, but there are no q_freqs");
-  grad_out = readable_gradient(grad_out);
-  if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
-  AttentionBackwardParams p = check_attention_backward(checked.params, grad_out, grad_lse, q, out, lse);
-  Tensor grad_q = grad_like(q, need_q);
-  Tensor grad_k = grad_like(k, need_k);
-  Tensor grad_v = grad_like(v, need_v);
-  Tensor grad_q_freqs = need_q_freqs ? grad_like(*q_freqs, true) : grad_like(q, false);
-  p.grad_q = data_or_null(grad_q, need_q);
-  p.grad_k = data_or_null(grad_k, need_k);
-  p.grad_v = data_or_null(grad_v, need_v);
-  p.grad_q_freqs = data_or_null(grad_q_freqs, need_q_freqs);
+  Tensor grad_q = new_gradient(q, need_q, p.grad_q);
+  Tensor grad_k = new_gradient(k, need_k, p.grad_k);
+  Tensor grad_v = new_gradient(v, need_v, p.grad_v);
+  Tensor grad_q_freqs = new_gradient(need_q_freqs ? *q_freqs : q, need_q_freqs, p.grad_q_freqs);
+  // Sums over nothing: no kernel visits them.
   if (need_q_freqs && p.forward.batch * p.forward.heads == 0) torch::stable::zero_(grad_q_freqs);
-  cpu::attention_backward(p, torch_executor());
   return {grad_q, grad_k, grad_v, grad_q_freqs};
 }
 

@@ -4,13 +4,11 @@
 
 #include <vector>
 
-#include "../kernels/cpu/attention.h"
 #include "checks.h"
-#include "executor.h"
 
 namespace anchor_attention {
 
-RopeParams check_rope(const Tensor& x, const char* x_name, const Tensor& freqs) {
+RopeParams check_rope(const char* x_name, const Tensor& x, const Tensor& freqs) {
   check_rank(x_name, x, 4, "(batch, tokens, heads, head_dim)");
   const ScalarType dtype = scalar_type(x_name, x);
   check_last_axis_contiguous(x_name, x);
@@ -28,19 +26,11 @@ RopeParams check_rope(const Tensor& x, const char* x_name, const Tensor& freqs) 
   return p;
 }
 
-Tensor rope_cpu(Tensor x, Tensor freqs) {
-  RopeParams p = check_rope(x, "x", freqs);
-  Tensor out = torch::stable::new_empty(x, {p.batch, p.tokens, p.heads, p.head_dim});
-  p.out = out.mutable_data_ptr();
-  if (out.numel() > 0) cpu::rope(p, torch_executor());
-  return out;
-}
-
-std::tuple<Tensor, Tensor> rope_backward_cpu(Tensor grad_out, std::optional<Tensor> x, Tensor freqs, bool need_x,
-                                             bool need_freqs) {
-  grad_out = readable_gradient(grad_out);
+RopeBackwardParams check_rope_backward(const Tensor& grad_out, const std::optional<Tensor>& x, const Tensor& freqs,
+                                       bool need_freqs) {
   RopeBackwardParams p{};
-  p.forward = check_rope(grad_out, "grad_out", freqs);
+  p.forward = check_rope("grad_out", grad_out, freqs);
+  p.forward.x = nullptr;
   check(x.has_value() || !need_freqs, "x must be given when need_freqs is true");
   if (x) {
     check_shape("x", *x, {grad_out.size(0), grad_out.size(1), grad_out.size(2), grad_out.size(3)});
@@ -52,15 +42,27 @@ std::tuple<Tensor, Tensor> rope_backward_cpu(Tensor grad_out, std::optional<Tens
   }
   p.grad_out = grad_out.const_data_ptr();
   p.grad_out_strides = strides_of(grad_out);
+  return p;
+}
+
+Tensor new_rotated(const Tensor& x, RopeParams& p) {
+  Tensor rotated = torch::stable::new_empty(x, {p.batch, p.tokens, p.heads, p.head_dim});
+  p.out = rotated.mutable_data_ptr();
+  return rotated;
+}
+
+std::tuple<Tensor, Tensor> new_rope_gradients(const Tensor& grad_out, const Tensor& freqs, bool need_x, bool need_freqs,
+                                              RopeBackwardParams& p) {
   const RopeParams& f = p.forward;
-  Tensor grad_x = need_x ? torch::stable::new_empty(grad_out, {f.batch, f.tokens, f.heads, f.head_dim})
-                         : torch::stable::new_empty(grad_out, {0});
-  Tensor grad_freqs = need_freqs ? torch::stable::new_empty(freqs, {freqs.size(0), freqs.size(1), freqs.size(2)})
-                                 : torch::stable::new_empty(freqs, {0});
+  const std::vector<int64_t> none{0};
+  Tensor grad_x =
+      torch::stable::new_empty(grad_out, need_x ? std::vector<int64_t>{f.batch, f.tokens, f.heads, f.head_dim} : none);
+  Tensor grad_freqs = torch::stable::new_empty(
+      freqs, need_freqs ? std::vector<int64_t>{freqs.size(0), freqs.size(1), freqs.size(2)} : none);
   p.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
   p.grad_freqs = need_freqs ? grad_freqs.mutable_data_ptr() : nullptr;
+  // Sums over nothing: no kernel visits them.
   if (need_freqs && grad_out.numel() == 0) torch::stable::zero_(grad_freqs);
-  if (grad_out.numel() > 0) cpu::rope_backward(p, torch_executor());
   return {grad_x, grad_freqs};
 }
 

@@ -95,7 +95,8 @@ def anchor_attention(
         out[i] = Σ_{j∈K} softmax_j(s_ij) v_j        lse[i] = log Σ_{j∈K} exp(s_ij)
 
     Queries without keys get out 0, lse −inf and zero gradients. Gradients flow to q, k, v and the freqs, also from lse.
-    Under ``torch.autocast`` q, k and v are cast to the autocast dtype.
+    Under ``torch.autocast`` q, k and v are cast to the autocast dtype. float32 is computed to float32's accuracy, on a
+    GPU too, unless ``torch.set_float32_matmul_precision`` allows less.
 
     Args:
         q: (B, Nq, H, D) queries. Any strides with a contiguous last axis are read in place.
@@ -122,8 +123,9 @@ def anchor_attention(
         )
     if k_freqs is not None:
         k = rope(k, k_freqs)
+    allow_tf32 = q.dtype == torch.float32 and _tf32_is_allowed()
     out, lse = torch.ops.anchor_attention.attention(
-        q, k, v, table.q_ranges, table.k_offsets, table.k_ranges, q_freqs, key_mask, scale
+        q, k, v, table.q_ranges, table.k_offsets, table.k_ranges, q_freqs, key_mask, scale, allow_tf32
     )
     return (out, lse) if return_lse else out
 
@@ -184,3 +186,12 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     dtype = torch.get_autocast_dtype(device_type)
     # As autocast itself does: float64 was asked for on purpose and stays.
     return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
+
+
+def _tf32_is_allowed() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+# As torch.compiler.assume_constant_result does, but without importing the compiler at start-up: the precision is a
+# setting of the process, and torch.compile guards on it itself.
+_tf32_is_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -27,6 +27,7 @@ def _attention_fake(
     q_freqs: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
+    allow_tf32: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, n_queries, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, n_queries), dtype=_lse_dtype(q.dtype))
@@ -47,6 +48,7 @@ def _attention_backward_fake(
     q_freqs: torch.Tensor | None,
     key_mask: torch.Tensor | None,
     scale: float | None,
+    allow_tf32: bool,
     need_q: bool,
     need_k: bool,
     need_v: bool,
@@ -59,10 +61,11 @@ def _attention_backward_fake(
 
 
 def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale = inputs
+    q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale, allow_tf32 = inputs
     ctx.save_for_backward(q, k, v, *output, q_freqs, key_mask)
     ctx.table = (q_ranges, k_offsets, k_ranges)
     ctx.scale = scale
+    ctx.allow_tf32 = allow_tf32
     ctx.set_materialize_grads(False)
 
 
@@ -71,14 +74,14 @@ def _attention_backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch
     # The dispatcher leaves out trailing arguments that have their default, so the tuple may end before the freqs.
     needs = [any(ctx.needs_input_grad[i : i + 1]) for i in (_Q, _K, _V, _FREQS)]
     if grad_out is None and grad_lse is None:
-        return (None,) * 9
+        return (None,) * 10
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     grads = torch.ops.anchor_attention.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, *ctx.table, q_freqs, key_mask, ctx.scale, *needs
+        grad_out, grad_lse, q, k, v, out, lse, *ctx.table, q_freqs, key_mask, ctx.scale, ctx.allow_tf32, *needs
     )
     grad_q, grad_k, grad_v, grad_q_freqs = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    return grad_q, grad_k, grad_v, None, None, None, grad_q_freqs, None, None
+    return grad_q, grad_k, grad_v, None, None, None, grad_q_freqs, None, None, None
 
 
 @torch.library.register_fake("anchor_attention::rope")

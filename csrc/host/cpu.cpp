@@ -1,0 +1,34 @@
+#include <torch/csrc/stable/ops.h>
+
+#include "../kernels/cpu/attention.h"
+#include "device.h"
+
+namespace anchor_attention {
+namespace {
+
+// torch's thread pool behind the interface of the kernels.
+cpu::Executor torch_executor() {
+  return {static_cast<int64_t>(torch::stable::get_num_threads()),
+          [](int64_t n, const std::function<void(int64_t)>& task) {
+            torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t i = begin; i < end; ++i) task(i);
+            });
+          }};
+}
+
+}  // namespace
+
+// The CPU has no TF32: float32 is float32.
+void Cpu::attention(const AttentionParams& params, const Tensor&, bool) { cpu::attention(params, torch_executor()); }
+
+void Cpu::attention_backward(const AttentionBackwardParams& params, const Tensor&, bool) {
+  cpu::attention_backward(params, torch_executor());
+}
+
+void Cpu::rope(const RopeParams& params, const Tensor&) { cpu::rope(params, torch_executor()); }
+
+void Cpu::rope_backward(const RopeBackwardParams& params, const Tensor&) {
+  cpu::rope_backward(params, torch_executor());
+}
+
+}  // namespace anchor_attention

@@ -1,0 +1,87 @@
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "../kernels/cuda/attention.h"
+#include "checks.h"
+#include "device.h"
+
+// A CPU build of torch does not have it: weak, the one library loads there, too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace anchor_attention {
+namespace {
+
+void check_cuda(cudaError_t error, const char* operation) {
+  check(error == cudaSuccess, operation, " failed on the GPU: ", cudaGetErrorString(error));
+}
+
+cudaStream_t current_stream(int32_t device) {
+  check(aoti_torch_get_current_cuda_stream != nullptr, "this torch is built without CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Makes the tensor's device current, finds its stream, and turns away GPUs that the kernels were not built for.
+class Context {
+ public:
+  explicit Context(const Tensor& like)
+      : device_(like.get_device_index()), guard_(device_), stream_(current_stream(device_)) {
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device_);
+    check(major >= 8, "the GPU is too old: compute capability 8.0 (Ampere) is needed, cuda:", device_, " has ", major,
+          ".", attribute(cudaDevAttrComputeCapabilityMinor, device_));
+  }
+
+  cudaStream_t stream() const { return stream_; }
+  cuda::Options options(bool allow_tf32) const {
+    return {.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device_), .allow_tf32 = allow_tf32};
+  }
+
+ private:
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+// From torch's caching allocator, which orders reuse by the stream and keeps what a graph has captured.
+Tensor workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
+}
+
+}  // namespace
+
+void Cuda::attention(const AttentionParams& params, const Tensor& like, bool allow_tf32) {
+  const Context context(like);
+  const cuda::Options options = context.options(allow_tf32);
+  Tensor memory = workspace(like, cuda::attention_forward_workspace_bytes(params, options));
+  check_cuda(cuda::attention_forward(params, options, memory.mutable_data_ptr(), context.stream()), "attention");
+}
+
+void Cuda::attention_backward(const AttentionBackwardParams& params, const Tensor& like, bool allow_tf32) {
+  const Context context(like);
+  const cuda::Options options = context.options(allow_tf32);
+  Tensor memory = workspace(like, cuda::attention_backward_workspace_bytes(params, options));
+  check_cuda(cuda::attention_backward(params, options, memory.mutable_data_ptr(), context.stream()),
+             "attention_backward");
+}
+
+void Cuda::rope(const RopeParams& params, const Tensor& like) {
+  const Context context(like);
+  check_cuda(cuda::rope(params, context.stream()), "rope");
+}
+
+void Cuda::rope_backward(const RopeBackwardParams& params, const Tensor& like) {
+  const Context context(like);
+  check_cuda(cuda::rope_backward(params, context.stream()), "rope_backward");
+}
+
+}  // namespace anchor_attention

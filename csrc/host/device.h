@@ -1,0 +1,27 @@
+// How each device runs checked params. `like` is a tensor on the device: temporary memory is allocated beside it.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "../params.h"
+
+namespace anchor_attention {
+
+using torch::stable::Tensor;
+
+struct Cpu {
+  static void attention(const AttentionParams& params, const Tensor& like, bool allow_tf32);
+  static void attention_backward(const AttentionBackwardParams& params, const Tensor& like, bool allow_tf32);
+  static void rope(const RopeParams& params, const Tensor& like);
+  static void rope_backward(const RopeBackwardParams& params, const Tensor& like);
+};
+
+// Defined only where the library is built with CUDA.
+struct Cuda {
+  static void attention(const AttentionParams& params, const Tensor& like, bool allow_tf32);
+  static void attention_backward(const AttentionBackwardParams& params, const Tensor& like, bool allow_tf32);
+  static void rope(const RopeParams& params, const Tensor& like);
+  static void rope_backward(const RopeBackwardParams& params, const Tensor& like);
+};
+
+}  // namespace anchor_attention
