@@ -1,0 +1,34 @@
+"""Every Python example of the README runs, in order, in one namespace; every path that it names exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert len(blocks) >= 5
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert "█" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)#]+)\)", README))
+def test_links_lead_somewhere(path: str) -> None:
+    assert path.startswith("http") or (ROOT / path).exists()
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    commands = re.findall(r"(?:^|`)make ([a-z -]+?)(?:`|  )", README, flags=re.M)
+    targets = {name for command in commands for name in command.split()}
+    assert {"demo", "test", "lint"} <= targets
+    for name in targets:
+        assert re.search(rf"^{name}:", makefile, flags=re.M), f"make {name} is not a target"
