@@ -193,22 +193,33 @@ TransposedKeyRangeTable transpose(const KeyRangeTableView& table) {
   return out;
 }
 
-CompactedKeys compact_keys(const KeyRangeTableView& table, const bool* key_mask, int64_t n_keys) {
-  std::vector<int32_t> kept_before(n_keys + 1, 0);
-  for (int32_t r = 0; r < table.n_ranges; ++r) {
-    ++kept_before[table.k_ranges[2 * r]];
-    --kept_before[table.k_ranges[2 * r + 1]];
-  }
+CompactedKeys compact_keys(const KeyRangeTableView& table, const bool* key_mask, int64_t n_keys, int64_t alignment) {
   CompactedKeys out;
+  std::vector<int32_t> multiplicity(n_keys + 1, 0);  // of the ranges that begin at a key, less those that end there
+  std::vector<bool> is_bound(n_keys + 1, false);
+  for (int32_t r = 0; r < table.n_ranges; ++r) {
+    ++multiplicity[table.k_ranges[2 * r]];
+    --multiplicity[table.k_ranges[2 * r + 1]];
+    is_bound[table.k_ranges[2 * r]] = is_bound[table.k_ranges[2 * r + 1]] = true;
+  }
+
+  struct Gap {
+    int32_t before;  // original key
+    int32_t begin;   // compacted
+    int32_t end;
+  };
+  std::vector<Gap> gaps;
+  std::vector<int32_t>& new_index = multiplicity;  // each entry is read for the last time where it is overwritten
   int32_t depth = 0;
-  int32_t kept = 0;
   for (int64_t j = 0; j <= n_keys; ++j) {
-    depth += kept_before[j];
-    kept_before[j] = kept;
-    if (j < n_keys && depth > 0 && (key_mask == nullptr || key_mask[j])) {
-      out.source.push_back(static_cast<int32_t>(j));
-      ++kept;
+    const auto begin = static_cast<int32_t>(out.source.size());
+    if (is_bound[j] && begin % alignment != 0) {
+      out.source.resize((begin + alignment - 1) / alignment * alignment, -1);
+      gaps.push_back({static_cast<int32_t>(j), begin, static_cast<int32_t>(out.source.size())});
     }
+    depth += multiplicity[j];
+    new_index[j] = static_cast<int32_t>(out.source.size());
+    if (depth > 0 && (key_mask == nullptr || key_mask[j])) out.source.push_back(static_cast<int32_t>(j));
   }
 
   TableBuilder builder;
@@ -216,7 +227,15 @@ CompactedKeys compact_keys(const KeyRangeTableView& table, const bool* key_mask,
   for (int32_t g = 0; g < table.n_groups; ++g) {
     keys.clear();
     for (int32_t r = table.k_offsets[g]; r < table.k_offsets[g + 1]; ++r) {
-      keys.push_back({kept_before[table.k_ranges[2 * r]], kept_before[table.k_ranges[2 * r + 1]]});
+      int32_t begin = new_index[table.k_ranges[2 * r]];
+      auto gap = std::upper_bound(gaps.begin(), gaps.end(), table.k_ranges[2 * r],
+                                  [](int32_t key, const Gap& other) { return key < other.before; });
+      for (; gap != gaps.end() && gap->before < table.k_ranges[2 * r + 1]; ++gap) {
+        keys.push_back({begin, gap->begin});
+        begin = gap->end;
+      }
+      const bool ends_at_gap = gap != gaps.end() && gap->before == table.k_ranges[2 * r + 1];
+      keys.push_back({begin, ends_at_gap ? gap->begin : new_index[table.k_ranges[2 * r + 1]]});
     }
     normalise(keys);
     builder.add({table.q_ranges[2 * g], table.q_ranges[2 * g + 1]}, keys);

@@ -39,14 +39,15 @@ struct TransposedKeyRangeTable {
 
 TransposedKeyRangeTable transpose(const KeyRangeTableView& table);
 
-// Renumbers the keys so that only those that are read and kept remain, in their order. `kept_before[j]` is the number
-// of such keys before key j (n_keys + 1 entries).
+// Renumbers the keys so that only those that are read and kept remain, in their order. With an alignment above 1, gaps
+// are left where a range begins or ends, so that every range of the new table begins at a multiple of it; a range that
+// spans a gap is cut in two.
 struct CompactedKeys {
-  std::vector<int32_t> source;  // [n_kept]: the original index of compacted key j
+  std::vector<int32_t> source;  // the original index of compacted key j, −1 in gaps; a multiple of the alignment long
   KeyRangeTable table;          // the table over compacted keys; groups that lost every key are gone
 };
 
 // `key_mask` is [n_keys], true = kept, or null when all are.
-CompactedKeys compact_keys(const KeyRangeTableView& table, const bool* key_mask, int64_t n_keys);
+CompactedKeys compact_keys(const KeyRangeTableView& table, const bool* key_mask, int64_t n_keys, int64_t alignment = 1);
 
 }  // namespace anchor_attention

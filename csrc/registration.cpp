@@ -25,6 +25,7 @@ STABLE_TORCH_LIBRARY(anchor_attention, m) {
   m.def(
       "canonical_key_ranges(int[] q_ranges, int[] k_offsets, int[] k_ranges, int n_queries, int n_keys) "
       "-> (int[] q_ranges, int[] k_offsets, int[] k_ranges)");
+  m.def("cpu_instruction_sets() -> (str selected, str runnable, str compiled)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(anchor_attention, CPU, m) {
@@ -45,4 +46,5 @@ STABLE_TORCH_LIBRARY_IMPL(anchor_attention, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(anchor_attention, CompositeExplicitAutograd, m) {
   m.impl("canonical_key_ranges", TORCH_BOX(&canonical_key_ranges));
+  m.impl("cpu_instruction_sets", TORCH_BOX(&cpu_instruction_sets));
 }

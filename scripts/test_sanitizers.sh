@@ -11,8 +11,9 @@ steps=(attention_tile attention_backward_tile instruction_set pack rope_tokens)
 flags_baseline=()
 flags_avx2=(-mavx2 -mfma)
 flags_avx512=(-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma)
+flags_avx512_bf16=("${flags_avx512[@]}" -mavx512bf16)
 sets=(baseline)
-if [ "$(uname -m)" = x86_64 ]; then sets=(avx512 avx2 baseline); fi
+if [ "$(uname -m)" = x86_64 ]; then sets=(avx512_bf16 avx512 avx2 baseline); fi
 
 for sanitizer in address,undefined thread; do
   out="build/sanitizers/${sanitizer/,/-}"
@@ -31,7 +32,7 @@ for sanitizer in address,undefined thread; do
   "$compiler" "${common[@]}" "-fsanitize=$sanitizer" "-DANCHOR_ATTENTION_ISAS(apply)=$apply" \
     "${generic[@]}" "${objects[@]}" -lpthread -o "$out/drive_kernels"
   for isa in "${sets[@]}"; do
-    if [ "$isa" = baseline ] || grep -qw "${isa/avx512/avx512dq}" /proc/cpuinfo; then
+    if [ "$isa" = baseline ] || grep -qw "$(if [ "$isa" = avx512 ]; then echo avx512dq; else echo "$isa"; fi)" /proc/cpuinfo; then
       echo "== $sanitizer, $isa"
       ANCHOR_ATTENTION_CPU_ISA="$isa" UBSAN_OPTIONS=halt_on_error=1 "$out/drive_kernels"
     fi

@@ -51,12 +51,16 @@ def test_transpose_holds_the_same_scores(module: object, table: KeyRangeTable) -
     assert module.area(*_csr(table)) == scores.total() == table.area()
 
 
-@given(table=tables(N_QUERIES, N_KEYS), mask=st.none() | st.lists(st.booleans(), min_size=N_KEYS, max_size=N_KEYS))
+@given(
+    table=tables(N_QUERIES, N_KEYS),
+    alignment=st.sampled_from([1, 2, 16]),
+    mask=st.none() | st.lists(st.booleans(), min_size=N_KEYS, max_size=N_KEYS),
+)
 def test_compaction_keeps_the_scores_of_kept_keys(
-    module: object, table: KeyRangeTable, mask: list[bool] | None
+    module: object, table: KeyRangeTable, alignment: int, mask: list[bool] | None
 ) -> None:
     source, q_ranges, k_offsets, k_ranges = module.compact_keys(
-        *_csr(table), N_KEYS, None if mask is None else np.array(mask, dtype=bool)
+        *_csr(table), N_KEYS, None if mask is None else np.array(mask, dtype=bool), alignment
     )
     kept = Counter(
         {
@@ -67,4 +71,7 @@ def test_compaction_keeps_the_scores_of_kept_keys(
     )
     compacted = _scores(q_ranges, k_offsets, k_ranges)
     assert Counter({(query, source[key]): n for (query, key), n in compacted.items()}) == kept
-    assert source == sorted({key for _, key in kept}), "only keys that are read and kept, in their order"
+    real = [key for key in source if key >= 0]
+    assert real == sorted({key for _, key in kept}), "only keys that are read and kept, in their order"
+    assert len(source) % alignment == 0 and all(begin % alignment == 0 for begin, _ in _pairs(k_ranges))
+    assert len(source) - len(real) <= (alignment - 1) * (len(set(table.k_ranges)))

@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../kernels/cpu/attention.h"
+#include "../kernels/cpu/dispatch.h"
 #include "device.h"
 
 namespace anchor_attention {
@@ -17,6 +18,15 @@ cpu::Executor torch_executor() {
 }
 
 }  // namespace
+
+std::tuple<std::string, std::string, std::string> cpu_instruction_sets() {
+  const auto join = [](const std::vector<std::string>& names) {
+    std::string joined;
+    for (const std::string& name : names) joined += (joined.empty() ? "" : ",") + name;
+    return joined;
+  };
+  return {cpu::selected_kernels().name, join(cpu::runnable_instruction_sets()), join(cpu::compiled_instruction_sets())};
+}
 
 // The CPU has no TF32: float32 is float32.
 void Cpu::attention(const AttentionParams& params, const Tensor&, bool) { cpu::attention(params, torch_executor()); }

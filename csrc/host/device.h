@@ -3,11 +3,17 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <string>
+#include <tuple>
+
 #include "../params.h"
 
 namespace anchor_attention {
 
 using torch::stable::Tensor;
+
+// The selected, the runnable and the compiled-in instruction sets of the CPU kernels, each comma-separated, best first.
+std::tuple<std::string, std::string, std::string> cpu_instruction_sets();
 
 struct Cpu {
   static void attention(const AttentionParams& params, const Tensor& like, bool allow_tf32);

@@ -5,6 +5,7 @@ from . import _library
 _library.load()
 
 from . import ops  # noqa: E402, F401
+from ._library import CpuInstructionSets, cpu_instruction_sets  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .functional import anchor_attention, merge_attention, rope, use_backend  # noqa: E402
 from .key_range_table import KeyRangeTable  # noqa: E402
@@ -31,6 +32,7 @@ from .reference import anchor_attention_reference, rope_reference  # noqa: E402
 __all__ = [
     "AttentionConfig",
     "AttentionPattern",
+    "CpuInstructionSets",
     "CrossAnchorAttention",
     "CrossAnchorAttentionConfig",
     "JointAnchorAttention",
@@ -50,6 +52,7 @@ __all__ = [
     "__version__",
     "anchor_attention",
     "anchor_attention_reference",
+    "cpu_instruction_sets",
     "merge_attention",
     "rope",
     "rope_reference",

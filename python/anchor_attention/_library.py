@@ -4,11 +4,36 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 MIN_TORCH = (2, 10)
 LIBRARY_VARIABLE = "ANCHOR_ATTENTION_LIBRARY"
+
+
+class CpuInstructionSets(NamedTuple):
+    """Instruction sets that the CPU kernels are compiled for, best first.
+
+    Attributes:
+        selected: The one in use: the best, or the one that ``$ANCHOR_ATTENTION_CPU_ISA`` names.
+        runnable: Those that this processor runs.
+        compiled: All that are in the library.
+    """
+
+    selected: str
+    runnable: tuple[str, ...]
+    compiled: tuple[str, ...]
+
+
+def cpu_instruction_sets() -> CpuInstructionSets:
+    """Says which instruction sets the CPU kernels have, and which one they use.
+
+    Raises:
+        RuntimeError: If ``$ANCHOR_ATTENTION_CPU_ISA`` names none that this processor runs.
+    """
+    selected, runnable, compiled = torch.ops.anchor_attention.cpu_instruction_sets()
+    return CpuInstructionSets(selected, tuple(runnable.split(",")), tuple(compiled.split(",")))
 
 
 def library_path() -> Path:

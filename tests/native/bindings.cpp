@@ -32,9 +32,9 @@ PYBIND11_MODULE(anchor_attention_native, m) {
     return table_of(q_ranges, k_offsets, k_ranges).area();
   });
   m.def("compact_keys", [](const Numbers& q_ranges, const Numbers& k_offsets, const Numbers& k_ranges, int64_t n_keys,
-                           std::optional<py::array_t<bool>> mask) {
+                           std::optional<py::array_t<bool>> mask, int64_t alignment) {
     const KeyRangeTable table = table_of(q_ranges, k_offsets, k_ranges);
-    const CompactedKeys out = compact_keys(table.view(), mask ? mask->data() : nullptr, n_keys);
+    const CompactedKeys out = compact_keys(table.view(), mask ? mask->data() : nullptr, n_keys, alignment);
     return std::tuple(out.source, out.table.q_ranges, out.table.k_offsets, out.table.k_ranges);
   });
 }

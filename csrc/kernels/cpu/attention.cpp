@@ -4,12 +4,14 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <memory>
 #include <new>
 #include <vector>
 
 #include "../../key_ranges.h"
+#include "dispatch.h"
 #include "kernels.h"
 
 namespace anchor_attention::cpu {
@@ -37,7 +39,6 @@ Buffer allocate(int64_t bytes) {
 // The keys of one batch element that are read and kept, and the table over them.
 struct BatchKeys {
   CompactedKeys keys;
-  int64_t first_row;  // in the packed buffers, of head 0; head h follows h · n_rows() later
 
   int64_t n_rows() const { return static_cast<int64_t>(keys.source.size()); }
 };
@@ -65,12 +66,13 @@ class Schedule {
   Schedule(const AttentionParams& p, const Kernels& kernels)
       : p_(p),
         kernels_(kernels),
-        padded_(padded_head_dim(p.head_dim, p.dtype, kernels.vector_bytes)),
-        row_bytes_(padded_ * working_size(p.dtype)) {
+        alignment_(kernels.key_alignment(p.dtype)),
+        packed_row_bytes_(kernels.packed_row_bytes(p.head_dim, p.dtype)),
+        sum_row_bytes_(kernels.sum_row_bytes(p.head_dim, p.dtype)) {
     const int64_t n_layouts = p.key_mask == nullptr ? std::min<int64_t>(p.batch, 1) : p.batch;
     for (int64_t b = 0; b < n_layouts; ++b) {
       const bool* mask = p.key_mask == nullptr ? nullptr : p.key_mask + b * p.key_mask_batch_stride;
-      layouts_.push_back({compact_keys(p.table, mask, p.n_keys), 0});
+      layouts_.push_back({compact_keys(p.table, mask, p.n_keys, alignment_)});
     }
     for (int64_t b = 0; b < p.batch; ++b) {
       first_rows_.push_back(n_rows_);
@@ -81,11 +83,14 @@ class Schedule {
   }
 
   const BatchKeys& keys(int64_t batch) const { return layouts_[layouts_.size() == 1 ? 0 : batch]; }
-  int64_t packed_bytes() const { return n_rows_ * row_bytes_; }
-  int64_t row_bytes() const { return row_bytes_; }
-  int64_t offset(int64_t batch, int64_t head) const {
-    return (first_rows_[batch] + head * keys(batch).n_rows()) * row_bytes_;
+  // Whether the two layouts of packed rows differ.
+  bool has_stacks() const { return alignment_ > 1; }
+  int64_t packed_bytes() const { return n_rows_ * packed_row_bytes_; }
+  int64_t sum_bytes() const { return n_rows_ * sum_row_bytes_; }
+  int64_t packed_offset(int64_t batch, int64_t head, int64_t row = 0) const {
+    return (first_row(batch, head) + row) * packed_row_bytes_;
   }
+  int64_t sum_offset(int64_t batch, int64_t head) const { return first_row(batch, head) * sum_row_bytes_; }
 
   int64_t threads(const Executor& executor, double operations_per_score) const {
     const double useful = operations_per_score * static_cast<double>(area_) * p_.head_dim / kMinOperationsPerThread;
@@ -103,6 +108,8 @@ class Schedule {
   }
 
  private:
+  int64_t first_row(int64_t batch, int64_t head) const { return first_rows_[batch] + head * keys(batch).n_rows(); }
+
   void append_tiles(int64_t batch, int64_t head, bool with_gaps, std::vector<Tile>& tiles) const {
     const KeyRangeTableView table = keys(batch).keys.table.view();
     const int64_t tile_queries = kernels_.tile_queries[p_.dtype == ScalarType::float64 ? 1 : 0];
@@ -123,12 +130,13 @@ class Schedule {
 
   const AttentionParams& p_;
   const Kernels& kernels_;
-  int64_t padded_;
-  int64_t row_bytes_;
+  int64_t alignment_;
+  int64_t packed_row_bytes_;
+  int64_t sum_row_bytes_;
   int64_t n_rows_ = 0;
   int64_t area_;
   std::vector<BatchKeys> layouts_;
-  std::vector<int64_t> first_rows_;
+  std::vector<int64_t> first_rows_;  // of each batch element, head 0; head h follows h · n_rows() later
 };
 
 // Runs body(task, thread) for every task, each thread taking the next one.
@@ -166,24 +174,25 @@ const char* head_start(const void* tensor, const Strides& strides, int64_t batch
   return static_cast<const char*>(tensor) + (batch * strides.batch + head * strides.head) * size;
 }
 
+// A tensor to pack and where to.
+struct PackedTensor {
+  const void* source;
+  Strides strides;
+  PackedLayout layout;
+  char* packed;
+};
+
 void pack(const AttentionParams& p, const Schedule& schedule, const Kernels& kernels, const Executor& executor,
-          int64_t threads, char* k_rows, char* v_rows) {
+          int64_t threads, std::initializer_list<PackedTensor> tensors) {
   const std::vector<RowTask> tasks = row_tasks(p, [&](int64_t batch) { return schedule.keys(batch).n_rows(); });
   for_each_task(executor, threads, static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {
     const RowTask& task = tasks[i];
-    const int64_t offset = schedule.offset(task.batch, task.head) + task.begin * schedule.row_bytes();
-    PackRows rows{head_start(p.k, p.k_strides, task.batch, task.head, p.dtype),
-                  p.k_strides.token,
-                  schedule.keys(task.batch).keys.source.data() + task.begin,
-                  task.end - task.begin,
-                  p.head_dim,
-                  p.dtype,
-                  k_rows + offset};
-    kernels.pack_rows(rows);
-    rows.source = head_start(p.v, p.v_strides, task.batch, task.head, p.dtype);
-    rows.source_stride = p.v_strides.token;
-    rows.packed = v_rows + offset;
-    kernels.pack_rows(rows);
+    for (const PackedTensor& tensor : tensors) {
+      kernels.pack_rows({head_start(tensor.source, tensor.strides, task.batch, task.head, p.dtype),
+                         tensor.strides.token, schedule.keys(task.batch).keys.source.data() + task.begin,
+                         task.end - task.begin, p.head_dim, p.dtype, tensor.layout,
+                         tensor.packed + schedule.packed_offset(task.batch, task.head, task.begin)});
+    }
   });
 }
 
@@ -249,7 +258,9 @@ void unpack(const AttentionParams& p, const Schedule& schedule, const Kernels& k
   for (int64_t b = 0; b < p.batch; ++b) {
     std::vector<int32_t>& of_batch = packed_row.emplace_back(p.n_keys, -1);
     const std::vector<int32_t>& source = schedule.keys(b).keys.source;
-    for (size_t j = 0; j < source.size(); ++j) of_batch[source[j]] = static_cast<int32_t>(j);
+    for (size_t j = 0; j < source.size(); ++j) {
+      if (source[j] >= 0) of_batch[source[j]] = static_cast<int32_t>(j);
+    }
   }
   const std::vector<RowTask> tasks = row_tasks(p, [&](int64_t) { return p.n_keys; });
   const Strides strides{p.n_keys * p.heads * p.head_dim, p.heads * p.head_dim, p.head_dim};
@@ -257,7 +268,7 @@ void unpack(const AttentionParams& p, const Schedule& schedule, const Kernels& k
     const RowTask& task = tasks[i];
     char* first = const_cast<char*>(head_start(target, strides, task.batch, task.head, p.dtype));
     const int64_t size = p.dtype == ScalarType::float64 ? 8 : p.dtype == ScalarType::float32 ? 4 : 2;
-    kernels.unpack_rows({rows + schedule.offset(task.batch, task.head), packed_row[task.batch].data() + task.begin,
+    kernels.unpack_rows({rows + schedule.sum_offset(task.batch, task.head), packed_row[task.batch].data() + task.begin,
                          task.end - task.begin, p.head_dim, scale, p.dtype, first + task.begin * strides.token * size,
                          strides.token});
   });
@@ -270,12 +281,13 @@ void attention(const AttentionParams& p, const Executor& executor) {
   const Schedule schedule(p, kernels);
   const int64_t threads = schedule.threads(executor, 4);
   const Buffer k_rows = allocate(schedule.packed_bytes());
-  const Buffer v_rows = allocate(schedule.packed_bytes());
+  const Buffer v_stack = allocate(schedule.packed_bytes());
   const int64_t scratch_bytes = kernels.forward_scratch_bytes(p.head_dim, p.dtype);
   const Buffer scratch = allocate(threads * scratch_bytes);
   const std::vector<Tile> tiles = schedule.tiles(/*with_gaps=*/true);
 
-  pack(p, schedule, kernels, executor, threads, k_rows.get(), v_rows.get());
+  pack(p, schedule, kernels, executor, threads,
+       {{p.k, p.k_strides, PackedLayout::rows, k_rows.get()}, {p.v, p.v_strides, PackedLayout::stack, v_stack.get()}});
   for_each_task(executor, threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int64_t thread) {
     const Tile& tile = tiles[i];
     if (tile.group == kNoGroup) {
@@ -283,9 +295,9 @@ void attention(const AttentionParams& p, const Executor& executor) {
       return;
     }
     const KeyRangeTableView table = schedule.keys(tile.batch).keys.table.view();
-    const int64_t offset = schedule.offset(tile.batch, tile.head);
+    const int64_t offset = schedule.packed_offset(tile.batch, tile.head);
     kernels.forward_tile({&p, tile.batch, tile.head, tile.q_begin, tile.n_queries, k_rows.get() + offset,
-                          v_rows.get() + offset, table.k_ranges + 2 * table.k_offsets[tile.group],
+                          v_stack.get() + offset, table.k_ranges + 2 * table.k_offsets[tile.group],
                           table.k_offsets[tile.group + 1] - table.k_offsets[tile.group],
                           scratch.get() + thread * scratch_bytes});
   });
@@ -305,8 +317,10 @@ void attention_backward(const AttentionBackwardParams& params, const Executor& e
 
   const Buffer k_rows = allocate(schedule.packed_bytes());
   const Buffer v_rows = allocate(schedule.packed_bytes());
-  const Buffer grad_k_rows = params.grad_k == nullptr ? nullptr : allocate(schedule.packed_bytes());
-  const Buffer grad_v_rows = params.grad_v == nullptr ? nullptr : allocate(schedule.packed_bytes());
+  const Buffer own_k_stack = schedule.has_stacks() ? allocate(schedule.packed_bytes()) : nullptr;
+  char* const k_stack = own_k_stack ? own_k_stack.get() : k_rows.get();
+  const Buffer grad_k_rows = params.grad_k == nullptr ? nullptr : allocate(schedule.sum_bytes());
+  const Buffer grad_v_rows = params.grad_v == nullptr ? nullptr : allocate(schedule.sum_bytes());
   const Buffer grad_q_sums = wants_grad_q && !sums_in_place ? allocate(grad_q_bytes) : nullptr;
   const int64_t scratch_bytes = kernels.backward_scratch_bytes(p.head_dim, p.dtype);
   const Buffer scratch = allocate(threads * scratch_bytes);
@@ -321,9 +335,16 @@ void attention_backward(const AttentionBackwardParams& params, const Executor& e
   }
 
   if (grad_q != nullptr) std::memset(grad_q, 0, grad_q_bytes);
-  if (grad_k_rows) std::memset(grad_k_rows.get(), 0, schedule.packed_bytes());
-  if (grad_v_rows) std::memset(grad_v_rows.get(), 0, schedule.packed_bytes());
-  pack(p, schedule, kernels, executor, threads, k_rows.get(), v_rows.get());
+  if (grad_k_rows) std::memset(grad_k_rows.get(), 0, schedule.sum_bytes());
+  if (grad_v_rows) std::memset(grad_v_rows.get(), 0, schedule.sum_bytes());
+  const PackedTensor packed_k{p.k, p.k_strides, PackedLayout::rows, k_rows.get()};
+  const PackedTensor packed_v{p.v, p.v_strides, PackedLayout::rows, v_rows.get()};
+  const PackedTensor stacked_k{p.k, p.k_strides, PackedLayout::stack, k_stack};
+  if (schedule.has_stacks()) {
+    pack(p, schedule, kernels, executor, threads, {packed_k, packed_v, stacked_k});
+  } else {
+    pack(p, schedule, kernels, executor, threads, {packed_k, packed_v});
+  }
 
   for (int64_t phase = 0; phase < threads; ++phase) {
     executor.run(threads, [&](int64_t thread) {
@@ -331,14 +352,15 @@ void attention_backward(const AttentionBackwardParams& params, const Executor& e
       for (int64_t i = tile_bounds[thread]; i < tile_bounds[thread + 1]; ++i) {
         const Tile& tile = tiles[i];
         const KeyRangeTableView table = schedule.keys(tile.batch).keys.table.view();
-        const int64_t offset = schedule.offset(tile.batch, tile.head);
+        const int64_t offset = schedule.packed_offset(tile.batch, tile.head);
+        const int64_t sum_offset = schedule.sum_offset(tile.batch, tile.head);
         const std::vector<int32_t>& bounds = key_bounds[key_bounds.size() == 1 ? 0 : tile.batch];
-        kernels.backward_tile({&params, tile.batch, tile.head, tile.q_begin, tile.n_queries, k_rows.get() + offset,
-                               v_rows.get() + offset, table.k_ranges + 2 * table.k_offsets[tile.group],
-                               table.k_offsets[tile.group + 1] - table.k_offsets[tile.group], bounds[slice],
-                               bounds[slice + 1], grad_q, grad_k_rows ? grad_k_rows.get() + offset : nullptr,
-                               grad_v_rows ? grad_v_rows.get() + offset : nullptr,
-                               scratch.get() + thread * scratch_bytes});
+        kernels.backward_tile(
+            {&params, tile.batch, tile.head, tile.q_begin, tile.n_queries, k_rows.get() + offset, k_stack + offset,
+             v_rows.get() + offset, table.k_ranges + 2 * table.k_offsets[tile.group],
+             table.k_offsets[tile.group + 1] - table.k_offsets[tile.group], bounds[slice], bounds[slice + 1], grad_q,
+             grad_k_rows ? grad_k_rows.get() + sum_offset : nullptr,
+             grad_v_rows ? grad_v_rows.get() + sum_offset : nullptr, scratch.get() + thread * scratch_bytes});
       }
     });
   }

@@ -10,12 +10,12 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-template <typename T>
+template <typename Operand, typename T = Sum<Operand>>
 struct ForwardScratch {
   ForwardScratch(void* base, int64_t head_dim) : scratch(base) {
     const int64_t padded = round_up_to_lanes<T>(head_dim);
     rows = scratch.take<T>(kTileQueries<T> * padded);
-    q_panel = scratch.take<T>(head_dim * kTileQueries<T>);
+    q_panel = scratch.take<Operand>(operands<Operand>(head_dim) * kTileQueries<T>);
     out_panel = scratch.take<T>(head_dim * kTileQueries<T>);
     scores = scratch.take<T>(kChunkKeys * kTileQueries<T>);
     row_max = scratch.take<T>(kTileQueries<T>);
@@ -25,10 +25,10 @@ struct ForwardScratch {
   }
 
   Scratch scratch;
-  T* rows;        // [tile_queries, padded_head_dim]
-  T* q_panel;     // [head_dim, tile_queries]
-  T* out_panel;   // [head_dim, tile_queries], not yet divided by row_sum
-  T* scores;      // [chunk_keys, tile_queries], in units of log 2, then probabilities
+  T* rows;           // [tile_queries, padded_head_dim]
+  Operand* q_panel;  // [operands of head_dim, tile_queries]
+  T* out_panel;      // [head_dim, tile_queries], not yet divided by row_sum
+  T* scores;      // [chunk_keys, tile_queries], in units of log 2; then probabilities [operands of keys, tile_queries]
   T* row_max;     // [tile_queries]
   T* chunk_max;   // [tile_queries]
   T* row_sum;     // [tile_queries]
@@ -74,19 +74,31 @@ struct RescaleAndAdd {
   }
 };
 
-// Takes the chunk's maximum into the running one and turns scores into probabilities, relative to it.
-template <typename T>
-ANCHOR_ATTENTION_INLINE void online_softmax(const ForwardScratch<T>& s, int64_t n_keys, int64_t columns) {
+// Takes the chunk's maximum into the running one and turns scores into probabilities, relative to it. They overwrite
+// the scores: an operand lies no later than the first of its scores.
+template <typename Operand, typename T = Sum<Operand>>
+ANCHOR_ATTENTION_INLINE void online_softmax(const ForwardScratch<Operand>& s, int64_t n_keys, int64_t columns) {
+  Operand* const probabilities = reinterpret_cast<Operand*>(s.scores);
   for (int64_t column = 0; column < columns; column += kLanes<T>) {
     const Vector<T> old_max = load(s.row_max + column);
     const Vector<T> max = maximum(load(s.chunk_max + column), old_max);
     const Vector<T> correction = exp2(old_max - max);
     Vector<T> sum = load(s.row_sum + column) * correction;
-    T* scores = s.scores + column;
-    for (int64_t key = 0; key < n_keys; ++key) {
-      const Vector<T> probability = exp2(load(scores + key * kTileQueries<T>) - max);
-      store(scores + key * kTileQueries<T>, probability);
-      sum += probability;
+    const T* scores = s.scores + column;
+    if constexpr (kDepth<Operand> == 1) {
+      for (int64_t key = 0; key < n_keys; ++key) {
+        const Vector<T> probability = exp2(load(scores + key * kTileQueries<T>) - max);
+        store(probabilities + key * kTileQueries<T> + column, probability);
+        sum += probability;
+      }
+    } else {
+      for (int64_t key = 0; key < n_keys; key += 2) {
+        const Vector<T> first = exp2(load(scores + key * kTileQueries<T>) - max);
+        Vector<T> second{};
+        if (key + 1 < n_keys) second = exp2(load(scores + (key + 1) * kTileQueries<T>) - max);
+        store(probabilities + key / 2 * kTileQueries<T> + column, pair_up(first, second));
+        sum += first + second;
+      }
     }
     store(s.row_max + column, max);
     store(s.row_sum + column, sum);
@@ -95,7 +107,8 @@ ANCHOR_ATTENTION_INLINE void online_softmax(const ForwardScratch<T>& s, int64_t 
 }
 
 template <typename Storage, typename T = Working<Storage>>
-ANCHOR_ATTENTION_INLINE void store_outputs(const ForwardTile& tile, const ForwardScratch<T>& s) {
+ANCHOR_ATTENTION_INLINE void store_outputs(const ForwardTile& tile,
+                                           const ForwardScratch<typename OperandOf<Storage>::Type>& s) {
   const AttentionParams& p = *tile.params;
   const int64_t out_stride = p.heads * p.head_dim;
   Storage* out =
@@ -113,14 +126,15 @@ ANCHOR_ATTENTION_INLINE void store_outputs(const ForwardTile& tile, const Forwar
 
 template <typename Storage, typename T = Working<Storage>>
 void forward_tile_of(const ForwardTile& tile) {
+  using Operand = typename OperandOf<Storage>::Type;
   const AttentionParams& p = *tile.params;
   const int64_t padded = round_up_to_lanes<T>(p.head_dim);
   const int64_t columns = round_up_to_lanes<T>(tile.n_queries);
-  const ForwardScratch<T> s(tile.scratch, p.head_dim);
+  const ForwardScratch<Operand> s(tile.scratch, p.head_dim);
   const T factor = static_cast<T>(p.scale * kLog2E);
 
   load_queries<Storage>(p, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.rows);
-  transpose_to_panel(s.rows, tile.n_queries, padded, p.head_dim, s.q_panel);
+  to_panel(s.rows, tile.n_queries, padded, p.head_dim, s.q_panel);
   std::memset(s.out_panel, 0, p.head_dim * kTileQueries<T> * sizeof(T));
   // A finite start keeps −inf − (−inf) out of the exponent when every score so far is −inf.
   constexpr T kLowest = static_cast<T>(-1e38);
@@ -129,18 +143,20 @@ void forward_tile_of(const ForwardTile& tile) {
     store(s.row_sum + column, Vector<T>{});
   }
 
+  const int64_t k_stride = padded / kDepth<Operand>;
+  const Operand* const probabilities = reinterpret_cast<const Operand*>(s.scores);
   for (int64_t r = 0; r < tile.n_key_ranges; ++r) {
     const int64_t range_end = tile.key_ranges[2 * r + 1];
     for (int64_t key = tile.key_ranges[2 * r]; key < range_end; key += kChunkKeys) {
       const int64_t n_keys = range_end - key < kChunkKeys ? range_end - key : kChunkKeys;
-      const T* k_rows = static_cast<const T*>(tile.k_rows) + key * padded;
-      const T* v_rows = static_cast<const T*>(tile.v_rows) + key * padded;
+      const Operand* k_rows = static_cast<const Operand*>(tile.k_rows) + key * k_stride;
+      const Operand* v_stack = static_cast<const Operand*>(tile.v_stack) + key / kDepth<Operand> * padded;
       std::memcpy(s.chunk_max, s.row_max, columns * sizeof(T));
-      outer_product(n_keys, columns, p.head_dim, Broadcast<T>{k_rows, padded, 1}, Rows<T>{s.q_panel, kTileQueries<T>},
-                    StoreScores<T>{s.scores, s.chunk_max, factor});
+      outer_product(n_keys, columns, operands<Operand>(p.head_dim), Broadcast<Operand>{k_rows, k_stride, 1},
+                    Rows<Operand>{s.q_panel, kTileQueries<T>}, StoreScores<T>{s.scores, s.chunk_max, factor});
       online_softmax(s, n_keys, columns);
-      outer_product(p.head_dim, columns, n_keys, Broadcast<T>{v_rows, 1, padded}, Rows<T>{s.scores, kTileQueries<T>},
-                    RescaleAndAdd<T>{s.out_panel, s.correction});
+      outer_product(p.head_dim, columns, operands<Operand>(n_keys), Broadcast<Operand>{v_stack, 1, padded},
+                    Rows<Operand>{probabilities, kTileQueries<T>}, RescaleAndAdd<T>{s.out_panel, s.correction});
     }
   }
   store_outputs<Storage>(tile, s);
@@ -149,8 +165,9 @@ void forward_tile_of(const ForwardTile& tile) {
 }  // namespace
 
 int64_t forward_scratch_bytes(int64_t head_dim, ScalarType dtype) {
-  if (dtype == ScalarType::float64) return ForwardScratch<double>(nullptr, head_dim).scratch.used();
-  return ForwardScratch<float>(nullptr, head_dim).scratch.used();
+  return dispatch(dtype, [&](auto storage) {
+    return ForwardScratch<typename OperandOf<decltype(storage)>::Type>(nullptr, head_dim).scratch.used();
+  });
 }
 
 void forward_tile(const ForwardTile& tile) {

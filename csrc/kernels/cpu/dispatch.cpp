@@ -1,46 +1,44 @@
-// Which instruction sets are compiled in, which this processor runs, and which one is used.
+#include "dispatch.h"
+
 #include <cstdlib>
 #include <stdexcept>
-#include <string>
-
-#include "kernels.h"
 
 namespace anchor_attention::cpu {
 
-#define ANCHOR_ATTENTION_FOR_EACH_ISA(apply) ANCHOR_ATTENTION_ISAS(apply)
+// The build passes the sets as ANCHOR_ATTENTION_ISAS(apply): apply(name) for each, best first.
 #define ANCHOR_ATTENTION_DECLARE(isa) \
   namespace isa {                     \
   extern const Kernels kKernels;      \
   }
-ANCHOR_ATTENTION_FOR_EACH_ISA(ANCHOR_ATTENTION_DECLARE)
+ANCHOR_ATTENTION_ISAS(ANCHOR_ATTENTION_DECLARE)
 
 namespace {
 
+#define ANCHOR_ATTENTION_ADDRESS(isa) &isa::kKernels,
+const Kernels* const kCompiled[] = {ANCHOR_ATTENTION_ISAS(ANCHOR_ATTENTION_ADDRESS)};
+
 bool runs_here(const std::string& name) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (name == "avx512") {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (name == "avx512_bf16") return has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (name == "avx512") return has_avx512;
   if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return name == "baseline";
 }
 
-#define ANCHOR_ATTENTION_ADDRESS(isa) &isa::kKernels,
-const Kernels* const kCompiled[] = {ANCHOR_ATTENTION_FOR_EACH_ISA(ANCHOR_ATTENTION_ADDRESS)};
-
 const Kernels& select() {
-  const char* pinned = std::getenv("ANCHOR_ATTENTION_CPU_ISA");
+  const char* variable = std::getenv("ANCHOR_ATTENTION_CPU_ISA");
+  const std::string pinned = variable == nullptr ? "" : variable;
+  std::string runnable;
   for (const Kernels* kernels : kCompiled) {
-    if ((pinned == nullptr || *pinned == '\0' || kernels->name == std::string(pinned)) && runs_here(kernels->name)) {
-      return *kernels;
-    }
+    if (!runs_here(kernels->name)) continue;
+    if (pinned.empty() || pinned == kernels->name) return *kernels;
+    runnable += (runnable.empty() ? "" : ", ") + std::string(kernels->name);
   }
-  throw std::invalid_argument(
-      std::string("ANCHOR_ATTENTION_CPU_ISA must name an instruction set that is compiled in (") +
-      compiled_instruction_sets() + ") and that this processor runs, got '" + pinned + "'");
+  throw std::invalid_argument("ANCHOR_ATTENTION_CPU_ISA must be one of " + runnable + " on this machine, got " +
+                              pinned);
 }
 
 }  // namespace
@@ -50,13 +48,16 @@ const Kernels& selected_kernels() {
   return kernels;
 }
 
-const char* compiled_instruction_sets() {
-  static const std::string names = [] {
-    std::string joined;
-    for (const Kernels* kernels : kCompiled) joined += (joined.empty() ? "" : ",") + std::string(kernels->name);
-    return joined;
-  }();
-  return names.c_str();
+std::vector<std::string> compiled_instruction_sets() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : kCompiled) names.push_back(kernels->name);
+  return names;
+}
+
+std::vector<std::string> runnable_instruction_sets() {
+  std::vector<std::string> names = compiled_instruction_sets();
+  std::erase_if(names, [](const std::string& name) { return !runs_here(name); });
+  return names;
 }
 
 }  // namespace anchor_attention::cpu

@@ -7,6 +7,9 @@
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 
+int64_t key_alignment(ScalarType dtype);
+int64_t packed_row_bytes(int64_t head_dim, ScalarType dtype);
+int64_t sum_row_bytes(int64_t head_dim, ScalarType dtype);
 int64_t forward_scratch_bytes(int64_t head_dim, ScalarType dtype);
 int64_t backward_scratch_bytes(int64_t head_dim, ScalarType dtype);
 void pack_rows(const PackRows&);
@@ -19,8 +22,10 @@ void rope_backward(const RopeBackwardTokens&);
 
 extern const Kernels kKernels{
     .name = ANCHOR_ATTENTION_NAME(ANCHOR_ATTENTION_ISA),
-    .vector_bytes = kVectorBytes,
     .tile_queries = {kTileQueries<float>, kTileQueries<double>},
+    .key_alignment = key_alignment,
+    .packed_row_bytes = packed_row_bytes,
+    .sum_row_bytes = sum_row_bytes,
     .forward_scratch_bytes = forward_scratch_bytes,
     .backward_scratch_bytes = backward_scratch_bytes,
     .pack_rows = pack_rows,

@@ -8,20 +8,29 @@
 
 namespace anchor_attention::cpu {
 
-// Keys or values of one head, gathered by index, converted to the type of the arithmetic ("working type": float, or
-// double for float64) and padded with zeros to whole vectors. A source index below 0 makes a row of zeros.
+// The "working type" of a call is float, or double for float64: sums and softmax are formed in it. The products take
+// "operands": elements of the working type or, where the processor multiplies them itself, pairs of bfloat16 along the
+// summed axis. So keys and values, of which some products sum along the row and others over the rows, can be packed in
+// two layouts, which are the same unless operands are pairs. Rows are padded with zeros to whole vectors.
+enum class PackedLayout {
+  rows,   // operands along the row
+  stack,  // operands of the same column in consecutive rows
+};
+
+// Keys or values of one head, gathered by index. A source index below 0 makes a row of zeros.
 struct PackRows {
   const void* source;      // first row of the head, `dtype`
   int64_t source_stride;   // elements between tokens
-  const int32_t* indices;  // [n_rows], source tokens
+  const int32_t* indices;  // [n_rows], source tokens; n_rows is a multiple of key_alignment
   int64_t n_rows;
   int64_t head_dim;
   ScalarType dtype;
-  void* packed;  // [n_rows, padded_head_dim]
+  PackedLayout layout;
+  void* packed;  // [n_rows] · packed_row_bytes
 };
 
 struct UnpackRows {
-  const void* packed;      // [·, padded_head_dim] working type, times `scale`
+  const void* packed;      // [·] · sum_row_bytes, working type, times `scale`
   const int32_t* indices;  // [n_tokens], packed row of each token, below 0: the token's row is zero
   int64_t n_tokens;
   int64_t head_dim;
@@ -38,9 +47,9 @@ struct ForwardTile {
   int64_t head;
   int64_t q_begin;
   int64_t n_queries;
-  const void* k_rows;         // [packed keys, padded_head_dim] working type
-  const void* v_rows;         // [packed keys, padded_head_dim] working type
-  const int32_t* key_ranges;  // [n_key_ranges, 2] over packed keys
+  const void* k_rows;         // [packed keys] in PackedLayout::rows
+  const void* v_stack;        // [packed keys] in PackedLayout::stack
+  const int32_t* key_ranges;  // [n_key_ranges, 2] over packed keys, begins are multiples of key_alignment
   int64_t n_key_ranges;
   void* scratch;  // forward_scratch_bytes
 };
@@ -52,15 +61,16 @@ struct BackwardTile {
   int64_t head;
   int64_t q_begin;
   int64_t n_queries;
-  const void* k_rows;  // as in ForwardTile
-  const void* v_rows;
-  const int32_t* key_ranges;
+  const void* k_rows;         // [packed keys] in PackedLayout::rows
+  const void* k_stack;        // [packed keys] in PackedLayout::stack
+  const void* v_rows;         // [packed keys] in PackedLayout::rows
+  const int32_t* key_ranges;  // as in ForwardTile
   int64_t n_key_ranges;
   int32_t key_begin;
   int32_t key_end;
   void* grad_q;       // [batch, n_queries, heads, head_dim] working type, added to, without `scale`; may be null
-  void* grad_k_rows;  // like k_rows, added to, without `scale`; may be null
-  void* grad_v_rows;  // like v_rows, added to; may be null
+  void* grad_k_rows;  // [packed keys] · sum_row_bytes, added to, without `scale`; may be null
+  void* grad_v_rows;  // [packed keys] · sum_row_bytes, added to; may be null
   void* scratch;      // backward_scratch_bytes
 };
 
@@ -87,8 +97,10 @@ struct RopeBackwardTokens {
 
 struct Kernels {
   const char* name;
-  int64_t vector_bytes;
-  int64_t tile_queries[2];  // by working type: float, double
+  int64_t tile_queries[2];                     // by working type: float, double
+  int64_t (*key_alignment)(ScalarType dtype);  // 2 where operands are pairs, else 1
+  int64_t (*packed_row_bytes)(int64_t head_dim, ScalarType dtype);
+  int64_t (*sum_row_bytes)(int64_t head_dim, ScalarType dtype);
   int64_t (*forward_scratch_bytes)(int64_t head_dim, ScalarType dtype);
   int64_t (*backward_scratch_bytes)(int64_t head_dim, ScalarType dtype);
   void (*pack_rows)(const PackRows&);
@@ -100,16 +112,6 @@ struct Kernels {
   void (*rope_backward)(const RopeBackwardTokens&);
 };
 
-// The sets that are compiled in and that this processor runs, best first; the last one runs everywhere.
-// `ANCHOR_ATTENTION_CPU_ISA` pins one by name. Throws std::invalid_argument if it names none of them.
-const Kernels& selected_kernels();
-const char* compiled_instruction_sets();  // comma-separated names, best first
-
 inline int64_t working_size(ScalarType dtype) { return dtype == ScalarType::float64 ? 8 : 4; }
-
-inline int64_t padded_head_dim(int64_t head_dim, ScalarType dtype, int64_t vector_bytes) {
-  const int64_t lanes = vector_bytes / working_size(dtype);
-  return (head_dim + lanes - 1) / lanes * lanes;
-}
 
 }  // namespace anchor_attention::cpu

@@ -12,18 +12,18 @@ namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 constexpr int kBlockVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kBlockRows = 6;
 
-// A is read element by element: A(m, k) = a[m * row_stride + k * step_stride]. So it may be transposed at no cost.
-template <typename T>
+// A is read operand by operand: A(m, k) = a[m * row_stride + k * step_stride]. So it may be transposed at no cost.
+template <typename Operand>
 struct Broadcast {
-  const T* data;
+  const Operand* data;
   int64_t row_stride;
   int64_t step_stride;
 };
 
 // B is read in whole vectors: B(k, n) = b[k * step_stride + n].
-template <typename T>
+template <typename Operand>
 struct Rows {
-  const T* data;
+  const Operand* data;
   int64_t step_stride;
 };
 
@@ -32,17 +32,18 @@ struct Block {
   Vector<T> value[kRows][kVectors];
 };
 
-template <int kRows, int kVectors, typename T>
-ANCHOR_ATTENTION_INLINE Block<kRows, kVectors, T> multiply(Broadcast<T> a, Rows<T> b, int64_t steps) {
-  Block<kRows, kVectors, T> c{};
-  const T* a_step = a.data;
-  const T* b_step = b.data;
+template <int kRows, int kVectors, typename Operand>
+ANCHOR_ATTENTION_INLINE Block<kRows, kVectors, Sum<Operand>> multiply(Broadcast<Operand> a, Rows<Operand> b,
+                                                                      int64_t steps) {
+  Block<kRows, kVectors, Sum<Operand>> c{};
+  const Operand* a_step = a.data;
+  const Operand* b_step = b.data;
   for (int64_t k = 0; k < steps; ++k) {
-    Vector<T> vectors[kVectors];
-    for (int j = 0; j < kVectors; ++j) vectors[j] = load(b_step + j * kLanes<T>);
+    Vector<Operand> vectors[kVectors];
+    for (int j = 0; j < kVectors; ++j) vectors[j] = load(b_step + j * kLanes<Operand>);
     for (int i = 0; i < kRows; ++i) {
-      const Vector<T> scalar = splat(a_step[i * a.row_stride]);
-      for (int j = 0; j < kVectors; ++j) c.value[i][j] += scalar * vectors[j];
+      const Vector<Operand> scalar = splat(a_step[i * a.row_stride]);
+      for (int j = 0; j < kVectors; ++j) c.value[i][j] = multiply_add(scalar, vectors[j], c.value[i][j]);
     }
     a_step += a.step_stride;
     b_step += b.step_stride;
@@ -50,8 +51,8 @@ ANCHOR_ATTENTION_INLINE Block<kRows, kVectors, T> multiply(Broadcast<T> a, Rows<
   return c;
 }
 
-template <int kRows, int kVectors, typename T, typename Epilogue>
-ANCHOR_ATTENTION_INLINE void row_block(int64_t rows, Broadcast<T> a, Rows<T> b, int64_t steps, int64_t row,
+template <int kRows, int kVectors, typename Operand, typename Epilogue>
+ANCHOR_ATTENTION_INLINE void row_block(int64_t rows, Broadcast<Operand> a, Rows<Operand> b, int64_t steps, int64_t row,
                                        int64_t column, Epilogue& epilogue) {
   if (rows == kRows) {
     epilogue(multiply<kRows, kVectors>(a, b, steps), row, column);
@@ -60,17 +61,17 @@ ANCHOR_ATTENTION_INLINE void row_block(int64_t rows, Broadcast<T> a, Rows<T> b, 
   }
 }
 
-template <int kVectors, typename T, typename Epilogue>
-ANCHOR_ATTENTION_INLINE void column_block(int64_t vectors, int64_t rows, Broadcast<T> a, Rows<T> b, int64_t steps,
-                                          int64_t column, Epilogue& epilogue) {
+template <int kVectors, typename Operand, typename Epilogue>
+ANCHOR_ATTENTION_INLINE void column_block(int64_t vectors, int64_t rows, Broadcast<Operand> a, Rows<Operand> b,
+                                          int64_t steps, int64_t column, Epilogue& epilogue) {
   if (vectors >= kVectors) {
     int64_t row = 0;
     for (; row + kBlockRows <= rows; row += kBlockRows) {
-      const Broadcast<T> a_rows{a.data + row * a.row_stride, a.row_stride, a.step_stride};
+      const Broadcast<Operand> a_rows{a.data + row * a.row_stride, a.row_stride, a.step_stride};
       epilogue(multiply<kBlockRows, kVectors>(a_rows, b, steps), row, column);
     }
     if (row < rows) {
-      const Broadcast<T> a_rows{a.data + row * a.row_stride, a.row_stride, a.step_stride};
+      const Broadcast<Operand> a_rows{a.data + row * a.row_stride, a.row_stride, a.step_stride};
       row_block<kBlockRows - 1, kVectors>(rows - row, a_rows, b, steps, row, column, epilogue);
     }
   } else if constexpr (kVectors > 1) {
@@ -78,14 +79,15 @@ ANCHOR_ATTENTION_INLINE void column_block(int64_t vectors, int64_t rows, Broadca
   }
 }
 
-// Calls epilogue(block, row, column) for every block of C. `columns` is a multiple of the vector's lanes.
-template <typename T, typename Epilogue>
-ANCHOR_ATTENTION_INLINE void outer_product(int64_t rows, int64_t columns, int64_t steps, Broadcast<T> a, Rows<T> b,
-                                           Epilogue&& epilogue) {
-  constexpr int64_t kBlockColumns = kBlockVectors * kLanes<T>;
+// Calls epilogue(block, row, column) for every block of C. `columns` is a multiple of the vector's lanes; `steps`
+// counts operands.
+template <typename Operand, typename Epilogue>
+ANCHOR_ATTENTION_INLINE void outer_product(int64_t rows, int64_t columns, int64_t steps, Broadcast<Operand> a,
+                                           Rows<Operand> b, Epilogue&& epilogue) {
+  constexpr int64_t kBlockColumns = kBlockVectors * kLanes<Operand>;
   for (int64_t column = 0; column < columns; column += kBlockColumns) {
-    const Rows<T> b_columns{b.data + column, b.step_stride};
-    column_block<kBlockVectors>((columns - column) / kLanes<T>, rows, a, b_columns, steps, column, epilogue);
+    const Rows<Operand> b_columns{b.data + column, b.step_stride};
+    column_block<kBlockVectors>((columns - column) / kLanes<Operand>, rows, a, b_columns, steps, column, epilogue);
   }
 }
 

@@ -5,17 +5,37 @@
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 namespace {
 
+template <typename Storage>
+const Storage* source_row(const PackRows& p, int64_t i) {
+  const int32_t index = i < p.n_rows ? p.indices[i] : -1;
+  return index < 0 ? nullptr : static_cast<const Storage*>(p.source) + index * p.source_stride;
+}
+
 template <typename Storage, typename T = Working<Storage>>
 void pack_rows_of(const PackRows& p) {
+  using Operand = typename OperandOf<Storage>::Type;
   const int64_t padded = round_up_to_lanes<T>(p.head_dim);
-  T* packed = static_cast<T*>(p.packed);
-  for (int64_t i = 0; i < p.n_rows; ++i) {
-    T* row = packed + i * padded;
-    if (p.indices[i] < 0) {
-      std::memset(row, 0, padded * sizeof(T));
-      continue;
+  if constexpr (kDepth<Operand> == 2) {
+    // Either two neighbours of a row make an operand, which is how the row lies in memory, or two rows do.
+    BFloat16* packed = static_cast<BFloat16*>(p.packed);
+    const bool stacked = p.layout == PackedLayout::stack;
+    for (int64_t i = 0; i < p.n_rows; ++i) {
+      const Storage* row = source_row<Storage>(p, i);
+      BFloat16* target = stacked ? packed + i / 2 * 2 * padded + i % 2 : packed + i * padded;
+      const int64_t step = stacked ? 2 : 1;
+      for (int64_t d = 0; d < p.head_dim; ++d) target[d * step] = row == nullptr ? BFloat16{} : row[d];
+      for (int64_t d = p.head_dim; d < padded; ++d) target[d * step] = {};
     }
-    widen_row(static_cast<const Storage*>(p.source) + p.indices[i] * p.source_stride, p.head_dim, padded, row);
+  } else {
+    T* packed = static_cast<T*>(p.packed);
+    for (int64_t i = 0; i < p.n_rows; ++i) {
+      const Storage* row = source_row<Storage>(p, i);
+      if (row == nullptr) {
+        std::memset(packed + i * padded, 0, padded * sizeof(T));
+      } else {
+        widen_row(row, p.head_dim, padded, packed + i * padded);
+      }
+    }
   }
 }
 
@@ -74,6 +94,24 @@ void finish_grad_q_of(const FinishGradQ& task) {
 }
 
 }  // namespace
+
+int64_t key_alignment(ScalarType dtype) {
+  return dispatch(dtype, [](auto storage) -> int64_t { return kDepth<typename OperandOf<decltype(storage)>::Type>; });
+}
+
+int64_t packed_row_bytes(int64_t head_dim, ScalarType dtype) {
+  return dispatch(dtype, [&](auto storage) -> int64_t {
+    using Operand = typename OperandOf<decltype(storage)>::Type;
+    return round_up_to_lanes<Sum<Operand>>(head_dim) / kDepth<Operand> * sizeof(Operand);
+  });
+}
+
+int64_t sum_row_bytes(int64_t head_dim, ScalarType dtype) {
+  return dispatch(dtype, [&](auto storage) -> int64_t {
+    using T = Working<decltype(storage)>;
+    return round_up_to_lanes<T>(head_dim) * sizeof(T);
+  });
+}
 
 void pack_rows(const PackRows& p) {
   dispatch(p.dtype, [&](auto storage) { pack_rows_of<decltype(storage)>(p); });

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "attention.h"
+#include "dispatch.h"
 #include "kernels.h"
 
 namespace anchor_attention::cpu {

@@ -98,14 +98,48 @@ ANCHOR_ATTENTION_INLINE void load_queries(const AttentionParams& p, int64_t batc
   }
 }
 
-// [n_rows, row_stride] → [n_columns, kTileQueries]; columns beyond the rows become zero.
-template <typename T>
-ANCHOR_ATTENTION_INLINE void transpose_to_panel(const T* rows, int64_t n_rows, int64_t row_stride, int64_t n_columns,
-                                                T* panel) {
-  for (int64_t d = 0; d < n_columns; ++d) {
-    T* out = panel + d * kTileQueries<T>;
-    for (int64_t i = 0; i < n_rows; ++i) out[i] = rows[i * row_stride + d];
-    for (int64_t i = n_rows; i < kTileQueries<T>; ++i) out[i] = 0;
+template <typename Operand>
+constexpr int64_t operands(int64_t n) {
+  return (n + kDepth<Operand> - 1) / kDepth<Operand>;
+}
+
+template <typename Operand>
+ANCHOR_ATTENTION_INLINE Operand to_operand(Sum<Operand> first, [[maybe_unused]] Sum<Operand> second) {
+  if constexpr (kDepth<Operand> == 2) {
+    return {narrow<BFloat16>(first), narrow<BFloat16>(second)};
+  } else {
+    return first;
+  }
+}
+
+// Rows [n_rows, row_stride] → [operands along the row, kTileQueries]: B of a product that sums along the row. Columns
+// beyond the rows become zero.
+template <typename Operand>
+ANCHOR_ATTENTION_INLINE void to_panel(const Sum<Operand>* rows, int64_t n_rows, int64_t row_stride, int64_t row_length,
+                                      Operand* panel) {
+  constexpr int64_t kColumns = kTileQueries<Sum<Operand>>;
+  constexpr int kStep = kDepth<Operand>;
+  for (int64_t d = 0; d < row_length; d += kStep) {
+    Operand* out = panel + d / kStep * kColumns;
+    const int64_t next = d + kStep - 1 < row_length ? d + kStep - 1 : d;
+    for (int64_t i = 0; i < n_rows; ++i) {
+      const Sum<Operand>* row = rows + i * row_stride;
+      out[i] = to_operand<Operand>(row[d], next == d ? Sum<Operand>(0) : row[next]);
+    }
+    for (int64_t i = n_rows; i < kColumns; ++i) out[i] = Operand{};
+  }
+}
+
+// Rows [n_rows, padded] → [operands along the rows, padded]: B of a product that sums over the rows.
+template <typename Operand>
+ANCHOR_ATTENTION_INLINE void to_stack(const Sum<Operand>* rows, int64_t n_rows, int64_t padded, Operand* stack) {
+  constexpr int kStep = kDepth<Operand>;
+  for (int64_t i = 0; i < n_rows; i += kStep) {
+    const Sum<Operand>* row = rows + i * padded;
+    const Sum<Operand>* next = row + (kStep - 1) * padded;
+    for (int64_t d = 0; d < padded; ++d) {
+      stack[i / kStep * padded + d] = to_operand<Operand>(row[d], i + kStep <= n_rows ? next[d] : Sum<Operand>(0));
+    }
   }
 }
 
