@@ -2,8 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "host/attention.h"
+#include "host/canonical_key_ranges.h"
 #include "host/device.h"
-#include "host/key_ranges.h"
 #include "host/rope.h"
 
 using namespace anchor_attention;

@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compiler="${CXX:-c++}"
-common=(-std=c++20 -g -O1 -fno-omit-frame-pointer -Wno-psabi -fno-math-errno -fno-trapping-math)
+common=(-Icsrc -std=c++20 -g -O1 -fno-omit-frame-pointer -Wno-psabi -fno-math-errno -fno-trapping-math)
 generic=(csrc/key_ranges.cpp csrc/kernels/cpu/attention.cpp csrc/kernels/cpu/dispatch.cpp csrc/kernels/cpu/rope.cpp
          tests/native/drive_kernels.cpp)
 steps=(attention_tile attention_backward_tile instruction_set pack rope_tokens)

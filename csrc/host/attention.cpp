@@ -1,11 +1,11 @@
-#include "attention.h"
+#include "host/attention.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
 #include <stdexcept>
 
-#include "checks.h"
+#include "host/checks.h"
 
 namespace anchor_attention {
 namespace {

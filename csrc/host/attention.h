@@ -9,9 +9,9 @@
 #include <tuple>
 #include <vector>
 
-#include "../key_ranges.h"
-#include "../params.h"
-#include "checks.h"
+#include "host/checks.h"
+#include "key_ranges.h"
+#include "params.h"
 
 namespace anchor_attention {
 

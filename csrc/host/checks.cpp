@@ -1,4 +1,4 @@
-#include "checks.h"
+#include "host/checks.h"
 
 #include <torch/csrc/stable/ops.h>
 

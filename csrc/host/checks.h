@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../params.h"
+#include "params.h"
 
 namespace anchor_attention {
 

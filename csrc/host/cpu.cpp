@@ -1,8 +1,8 @@
 #include <torch/csrc/stable/ops.h>
 
-#include "../kernels/cpu/attention.h"
-#include "../kernels/cpu/dispatch.h"
-#include "device.h"
+#include "host/device.h"
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/dispatch.h"
 
 namespace anchor_attention {
 namespace {

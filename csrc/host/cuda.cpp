@@ -3,9 +3,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "../kernels/cuda/attention.h"
-#include "checks.h"
-#include "device.h"
+#include "host/checks.h"
+#include "host/device.h"
+#include "kernels/cuda/attention.h"
 
 // A CPU build of torch does not have it: weak, the one library loads there, too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);

@@ -6,7 +6,7 @@
 #include <string>
 #include <tuple>
 
-#include "../params.h"
+#include "params.h"
 
 namespace anchor_attention {
 

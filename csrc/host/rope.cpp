@@ -1,10 +1,10 @@
-#include "rope.h"
+#include "host/rope.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
 
-#include "checks.h"
+#include "host/checks.h"
 
 namespace anchor_attention {
 

@@ -6,8 +6,8 @@
 #include <optional>
 #include <tuple>
 
-#include "../params.h"
-#include "checks.h"
+#include "host/checks.h"
+#include "params.h"
 
 namespace anchor_attention {
 

@@ -27,7 +27,7 @@ def load() -> ModuleType:
         subprocess.run(
             [
                 os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-Wall", "-Wextra", "-shared", "-fPIC",
-                "-fvisibility=hidden", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
+                "-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
                 *map(str, SOURCES), "-o", str(unfinished),
             ],
             check=True,

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../csrc/key_ranges.h"
+#include "key_ranges.h"
 
 namespace py = pybind11;
 using namespace anchor_attention;

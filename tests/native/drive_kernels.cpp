@@ -8,8 +8,8 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/kernels/cpu/attention.h"
-#include "../../csrc/key_ranges.h"
+#include "kernels/cpu/attention.h"
+#include "key_ranges.h"
 
 using namespace anchor_attention;
 

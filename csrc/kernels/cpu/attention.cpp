@@ -1,4 +1,4 @@
-#include "attention.h"
+#include "kernels/cpu/attention.h"
 
 #include <algorithm>
 #include <atomic>
@@ -10,9 +10,9 @@
 #include <new>
 #include <vector>
 
-#include "../../key_ranges.h"
-#include "dispatch.h"
-#include "kernels.h"
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/kernels.h"
+#include "key_ranges.h"
 
 namespace anchor_attention::cpu {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <functional>
 
-#include "../../params.h"
+#include "params.h"
 
 namespace anchor_attention::cpu {
 

@@ -1,9 +1,9 @@
 // Backward of one tile of queries against a slice of its keys, queries in the vectors' lanes as in the forward:
 //   Pᵀ = 2^(Sᵀ − lse)        dSᵀ = Pᵀ · (V dOᵀ − delta)        dV += Pᵀ dO        dK += dSᵀ Q        dQ += dS K
 // `scale` is applied to dK and dQ once, at the end.
-#include "kernels.h"
-#include "outer_product.h"
-#include "rows.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/outer_product.h"
+#include "kernels/cpu/rows.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 namespace {

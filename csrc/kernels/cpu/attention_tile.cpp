@@ -1,8 +1,8 @@
 // Forward of one tile of queries, with the queries in the vectors' lanes: scores Sᵀ[key, query] and outputs
 // Oᵀ[dim, query], so that the softmax needs no reduction across lanes and keys may begin and end anywhere.
-#include "kernels.h"
-#include "outer_product.h"
-#include "rows.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/outer_product.h"
+#include "kernels/cpu/rows.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 namespace {

@@ -1,4 +1,4 @@
-#include "dispatch.h"
+#include "kernels/cpu/dispatch.h"
 
 #include <cstdlib>
 #include <stdexcept>

@@ -1,6 +1,6 @@
 // The table of this instruction set's steps.
-#include "kernels.h"
-#include "rows.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/rows.h"
 
 #define ANCHOR_ATTENTION_STRING(name) #name
 #define ANCHOR_ATTENTION_NAME(name) ANCHOR_ATTENTION_STRING(name)

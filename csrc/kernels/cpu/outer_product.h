@@ -3,7 +3,7 @@
 
 #include <utility>
 
-#include "simd.h"
+#include "kernels/cpu/simd.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 

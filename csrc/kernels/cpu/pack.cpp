@@ -1,6 +1,6 @@
 // Rows of keys and values into the working type and back.
-#include "kernels.h"
-#include "rows.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/rows.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 namespace {

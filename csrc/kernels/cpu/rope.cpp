@@ -1,8 +1,8 @@
 #include <algorithm>
 
-#include "attention.h"
-#include "dispatch.h"
-#include "kernels.h"
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/kernels.h"
 
 namespace anchor_attention::cpu {
 namespace {

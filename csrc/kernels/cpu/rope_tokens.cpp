@@ -1,6 +1,6 @@
 // Rotary embedding and its gradients for a run of tokens.
-#include "kernels.h"
-#include "rows.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/rows.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 namespace {

@@ -1,7 +1,7 @@
 // Rows of one head between memory, in the type of the tensor, and scratch, in the working type.
 #pragma once
 
-#include "simd.h"
+#include "kernels/cpu/simd.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 

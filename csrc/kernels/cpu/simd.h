@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "../../params.h"
+#include "params.h"
 
 #ifndef ANCHOR_ATTENTION_ISA
 #error "compile with -DANCHOR_ATTENTION_ISA=<name of the instruction set>"

@@ -1,6 +1,6 @@
-#include "key_ranges.h"
+#include "host/canonical_key_ranges.h"
 
-#include "../key_ranges.h"
+#include "key_ranges.h"
 
 namespace anchor_attention {
 

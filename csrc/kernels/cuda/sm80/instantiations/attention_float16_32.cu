@@ -1,0 +1,9 @@
+#include "kernels/cuda/sm80/backward_key.cuh"
+#include "kernels/cuda/sm80/backward_query.cuh"
+#include "kernels/cuda/sm80/forward.cuh"
+
+namespace anchor_attention::sm80 {
+template const void* forward_kernel<Float16, 32>();
+template const void* backward_query_kernel<Float16, 32>();
+template const void* backward_key_kernel<Float16, 32, KeyGradients::both>();
+}  // namespace anchor_attention::sm80

@@ -1,0 +1,262 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+#include "kernels/cuda/sm80/plan_detail.h"
+#include "kernels/cuda/sm80/schedule.h"
+#include "key_ranges.h"
+
+namespace anchor_attention::sm80 {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// A shorter item costs more for its turn at the accumulators than it saves.
+constexpr int64_t kMinColumnTilesPerItem = 8;
+// Items per multiprocessor that a split aims at: enough for two resident blocks and an even end.
+constexpr int64_t kItemsPerMultiprocessor = 4;
+
+// Lays out device memory from a base that may be null while only the size is wanted.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    const uintptr_t address = base_ + bytes_;
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return reinterpret_cast<T*>(address);
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  uintptr_t base_;
+  int64_t bytes_ = 0;
+};
+
+RangesView view_of(const KeyRangeTableView& table) {
+  const auto n_groups = static_cast<size_t>(table.n_groups);
+  if (n_groups == 0) return {};
+  return {{table.q_ranges, 2 * n_groups},
+          {table.k_offsets, n_groups + 1},
+          {table.k_ranges, 2 * static_cast<size_t>(table.n_ranges)}};
+}
+
+// Fills a kernel's view of a schedule, with launches that carry it to the device where it is too large to travel along.
+void place_schedule(ScheduleView& view, const Schedule& schedule, Plan& plan, Workspace& workspace) {
+  view.n_groups = schedule.n_groups;
+  view.n_items = schedule.n_items;
+  view.n_accumulators = schedule.n_accumulators;
+  const auto n_words = static_cast<int64_t>(schedule.words.size());
+  if (n_words <= kInlineWords) {
+    std::copy(schedule.words.begin(), schedule.words.end(), view.inline_words);
+    return;
+  }
+  auto* destination = workspace.take<int32_t>(n_words);
+  view.device_words = destination;
+  for (int64_t first = 0; first < n_words; first += kUploadWords) {
+    UploadKernelParams upload{};
+    upload.destination = destination + first;
+    upload.n_words = static_cast<int32_t>(std::min<int64_t>(kUploadWords, n_words - first));
+    std::copy_n(schedule.words.begin() + first, upload.n_words, upload.words);
+    add_launch(plan, {KernelKind::upload, {}, 0, {}}, elementwise_blocks(upload.n_words), kElementwiseThreads, 0,
+               upload);
+  }
+}
+
+void check_sizes(const AttentionParams& params) {
+  check_head_dim(params.head_dim);
+  for (const int64_t size : {params.batch, params.n_queries, params.n_keys, params.heads}) {
+    if (size > std::numeric_limits<int32_t>::max()) {
+      throw std::invalid_argument("sizes must be below 2^31, got " + std::to_string(size));
+    }
+  }
+}
+
+// Zero would turn −inf scores into NaN; below this factor every score is as good as zero.
+float scale_log2(double scale) { return static_cast<float>(std::max(std::abs(scale) * kLog2E, 1e-30)); }
+
+const uint8_t* mask_bytes(const AttentionParams& params) { return reinterpret_cast<const uint8_t*>(params.key_mask); }
+
+void add_attention_launch(Plan& plan, Pass pass, const AttentionParams& params, const KernelId& kernel, int64_t n_items,
+                          const auto& kernel_params) {
+  const TileShape shape = tile_shape(pass, kernel.precision, kernel.head_dim);
+  add_launch(plan, kernel, n_items * params.batch * params.heads, shape.threads(),
+             shared_bytes(pass, kernel.precision, kernel.head_dim), kernel_params);
+}
+
+int64_t column_tiles_per_item(const AttentionParams& params, const PlanOptions& options, const RangesView& ranges,
+                              const TileShape& shape) {
+  const int64_t total = count_tile_pairs(ranges, shape.rows, shape.columns) * params.batch * params.heads;
+  return std::max(kMinColumnTilesPerItem, total / (kItemsPerMultiprocessor * options.multiprocessors));
+}
+
+// One launch of the key pass with its own counters and accumulators.
+void add_key_pass(Plan& plan, const AttentionParams& forward, const KernelId& kernel, BackwardKernelParams params,
+                  const Schedule& schedule, Workspace& workspace, StatisticsKernelParams& statistics) {
+  if (schedule.n_accumulators > 0) {
+    const TileShape shape = tile_shape(Pass::backward_key, kernel.precision, kernel.head_dim);
+    const int64_t n_tiles = forward.batch * forward.heads * schedule.n_accumulators;
+    const int gradients = kernel.gradients == KeyGradients::both ? 2 : 1;
+    params.accumulators = workspace.take<float>(n_tiles * gradients * shape.rows * kernel.head_dim);
+    params.counters = statistics.counters + statistics.n_counters;
+    statistics.n_counters += 1 + n_tiles;
+  }
+  add_attention_launch(plan, Pass::backward_key, forward, kernel, schedule.n_items, params);
+}
+
+}  // namespace
+
+Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& options, void* workspace_base) {
+  check_sizes(params);
+  check_output(params.out, "out");
+  const Precision precision = precision_of(params.dtype, options.allow_tf32);
+  const int head_dim = native_head_dim(params.head_dim);
+  const TileShape shape = tile_shape(Pass::forward, precision, head_dim);
+  Plan plan;
+  Workspace workspace(workspace_base);
+  ForwardKernelParams kernel_params{};
+  kernel_params.q = input_tensor(params.q, params.q_strides, params.dtype);
+  kernel_params.k = input_tensor(params.k, params.k_strides, params.dtype);
+  kernel_params.v = input_tensor(params.v, params.v_strides, params.dtype);
+  kernel_params.q_freqs = static_cast<const float*>(params.q_freqs);
+  kernel_params.key_mask = mask_bytes(params);
+  kernel_params.out = params.out;
+  kernel_params.lse = static_cast<float*>(params.lse);
+  kernel_params.q_freqs_strides = params.q_freqs_strides;
+  kernel_params.key_mask_batch_stride = params.key_mask_batch_stride;
+  kernel_params.n_queries = static_cast<int32_t>(params.n_queries);
+  kernel_params.heads = static_cast<int32_t>(params.heads);
+  kernel_params.head_dim = static_cast<int32_t>(params.head_dim);
+  kernel_params.scale_log2 = scale_log2(params.scale);
+  kernel_params.q_sign = params.scale < 0 ? -1.0f : 1.0f;
+  const Schedule schedule = make_schedule(view_of(params.table), params.n_queries, shape.rows, shape.columns,
+                                          std::numeric_limits<int64_t>::max());
+  place_schedule(kernel_params.schedule, schedule, plan, workspace);
+  add_attention_launch(plan, Pass::forward, params, {KernelKind::forward, precision, head_dim, {}}, schedule.n_items,
+                       kernel_params);
+  plan.workspace_bytes = workspace.bytes();
+  return plan;
+}
+
+Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOptions& options, void* workspace_base) {
+  const AttentionParams& forward = params.forward;
+  check_sizes(forward);
+  check_output(params.grad_q, "grad_q");
+  check_output(params.grad_k, "grad_k");
+  check_output(params.grad_v, "grad_v");
+  const bool rotated = forward.q_freqs != nullptr;
+  if (params.grad_q_freqs != nullptr && !rotated)
+    throw std::invalid_argument("grad_q_freqs is asked for without q_freqs");
+  const bool wants_query_pass = params.grad_q != nullptr || params.grad_q_freqs != nullptr;
+  const bool wants_key_pass = params.grad_k != nullptr || params.grad_v != nullptr;
+  const Precision precision = precision_of(forward.dtype, options.allow_tf32);
+  const Precision storage = precision_of(forward.dtype, true);
+  const int head_dim = native_head_dim(forward.head_dim);
+  const int64_t n_rows = forward.batch * forward.heads * forward.n_queries;
+  const InputTensor q = input_tensor(forward.q, forward.q_strides, forward.dtype);
+  const InputTensor grad_out = input_tensor(params.grad_out, params.grad_out_strides, forward.dtype);
+  const Strides contiguous = contiguous_strides(forward.n_queries, forward.heads, forward.head_dim);
+
+  Plan plan;
+  Plan passes;  // appended after what prepares them
+  Workspace workspace(workspace_base);
+
+  // The gradient of q lies where the rotated queries lay: no copy of q beside the outputs, and the block that
+  // overwrites queries is the only one of its pass that reads them.
+  void* grad_q = params.grad_q;
+  if (grad_q == nullptr && rotated)
+    grad_q = workspace.take<std::byte>(n_rows * forward.head_dim * bytes_per_element(storage));
+  const RopeTask rotation{q,
+                          forward.q_freqs,
+                          grad_q,
+                          forward.q_freqs_strides,
+                          forward.batch,
+                          forward.n_queries,
+                          forward.heads,
+                          forward.head_dim,
+                          forward.dtype};
+  if (rotated && (wants_query_pass || wants_key_pass)) add_rope(plan, rotation, false);
+
+  BackwardKernelParams common{};
+  common.q = rotated ? input_tensor(grad_q, contiguous, forward.dtype) : q;
+  common.k = input_tensor(forward.k, forward.k_strides, forward.dtype);
+  common.v = input_tensor(forward.v, forward.v_strides, forward.dtype);
+  common.grad_out = grad_out;
+  common.row_statistics = workspace.take<float>(2 * n_rows);
+  common.key_mask = mask_bytes(forward);
+  common.grad_q = grad_q;
+  common.grad_k = params.grad_k;
+  common.grad_v = params.grad_v;
+  common.q_freqs_strides = forward.q_freqs_strides;
+  common.key_mask_batch_stride = forward.key_mask_batch_stride;
+  common.n_queries = static_cast<int32_t>(forward.n_queries);
+  common.n_keys = static_cast<int32_t>(forward.n_keys);
+  common.heads = static_cast<int32_t>(forward.heads);
+  common.head_dim = static_cast<int32_t>(forward.head_dim);
+  common.scale = static_cast<float>(forward.scale);
+  common.scale_log2 = static_cast<float>(forward.scale * kLog2E);
+
+  StatisticsKernelParams statistics{};
+  statistics.out = input_tensor(forward.out, contiguous, forward.dtype);
+  statistics.grad_out = grad_out;
+  statistics.lse = static_cast<const float*>(forward.lse);
+  statistics.grad_lse = static_cast<const float*>(params.grad_lse);
+  statistics.row_statistics = const_cast<float*>(common.row_statistics);
+  statistics.n_rows = n_rows;
+  statistics.n_queries = common.n_queries;
+  statistics.heads = common.heads;
+  statistics.head_dim = common.head_dim;
+
+  if (wants_key_pass) {
+    const TransposedKeyRangeTable table = transpose(forward.table);
+    const RangesView ranges{table.k_ranges, table.q_offsets, table.q_ranges};
+    const TileShape shape = tile_shape(Pass::backward_key, precision, head_dim);
+    const Schedule schedule = make_schedule(ranges, forward.n_keys, shape.rows, shape.columns,
+                                            column_tiles_per_item(forward, options, ranges, shape));
+    // Room for the counters of both launches that the widest heads take.
+    statistics.counters = workspace.take<int32_t>(2 * (1 + forward.batch * forward.heads * schedule.n_accumulators));
+    BackwardKernelParams key_params = common;
+    place_schedule(key_params.schedule, schedule, plan, workspace);
+    const auto add = [&](KeyGradients gradients) {
+      add_key_pass(passes, forward, {KernelKind::backward_key, precision, head_dim, gradients}, key_params, schedule,
+                   workspace, statistics);
+    };
+    if (head_dim <= kWidestHeadOfBothGradients) {
+      add(KeyGradients::both);
+    } else {
+      if (params.grad_k != nullptr) add(KeyGradients::key);
+      if (params.grad_v != nullptr) add(KeyGradients::value);
+    }
+  }
+
+  if (wants_query_pass) {
+    const TileShape shape = tile_shape(Pass::backward_query, precision, head_dim);
+    BackwardKernelParams query_params = common;
+    // The gradient of the factors is a sum over the rotated gradient, which is then rotated back in place.
+    const bool rotate_back_later = params.grad_q_freqs != nullptr;
+    query_params.q_freqs = rotate_back_later ? nullptr : static_cast<const float*>(forward.q_freqs);
+    const Schedule schedule = make_schedule(view_of(forward.table), forward.n_queries, shape.rows, shape.columns,
+                                            std::numeric_limits<int64_t>::max());
+    place_schedule(query_params.schedule, schedule, plan, workspace);
+    add_attention_launch(passes, Pass::backward_query, forward, {KernelKind::backward_query, precision, head_dim, {}},
+                         schedule.n_items, query_params);
+    if (rotate_back_later) {
+      add_rope_freqs_gradient(passes, rotation, common.q, params.grad_q_freqs, forward.q_freqs_strides.batch == 0);
+      if (params.grad_q != nullptr) {
+        RopeTask back = rotation;
+        back.x = common.q;
+        add_rope(passes, back, true);
+      }
+    }
+  }
+  add_launch(plan, {KernelKind::row_statistics, storage, 0, {}}, elementwise_blocks(n_rows * kThreadsPerRow),
+             kElementwiseThreads, 0, statistics);
+  plan.launches.insert(plan.launches.end(), passes.launches.begin(), passes.launches.end());
+  plan.workspace_bytes = workspace.bytes();
+  return plan;
+}
+
+}  // namespace anchor_attention::sm80
