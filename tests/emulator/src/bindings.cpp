@@ -1,0 +1,125 @@
+// What Python sees: the list of operations, kernels built from lowered code, memory, and one launch at a time.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "machine.h"
+
+namespace py = pybind11;
+
+namespace emulator {
+namespace {
+
+// One row of lowered code: guard, target, wide operands, number of operands, operands.
+constexpr int kCodeColumns = 4 + kMaxOperands;
+using CodeArray = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+
+Kernel make_kernel(const std::vector<std::string>& operations, const CodeArray& code, int32_t n_rows,
+                   int32_t n_predicates, uint32_t static_shared_end, uint32_t local_bytes,
+                   std::vector<std::pair<int32_t, uint32_t>> constants32,
+                   std::vector<std::pair<int32_t, uint64_t>> constants64) {
+  if (code.ndim() != 2 || code.shape(0) != static_cast<py::ssize_t>(operations.size()) ||
+      code.shape(1) != kCodeColumns) {
+    throw py::value_error("code must be (" + std::to_string(operations.size()) + ", " + std::to_string(kCodeColumns) +
+                          ")");
+  }
+  Kernel kernel{
+      {}, n_rows, n_predicates, static_shared_end, local_bytes, std::move(constants32), std::move(constants64)};
+  const auto cells = code.unchecked<2>();
+  for (size_t i = 0; i < operations.size(); ++i) {
+    const auto found = registry().find(operations[i]);
+    if (found == registry().end()) throw py::key_error(operations[i]);
+    const auto at = static_cast<py::ssize_t>(i);
+    Instruction instruction{found->second.handler,
+                            found->second.variant,
+                            cells(at, 0),
+                            cells(at, 1),
+                            static_cast<uint32_t>(cells(at, 2)),
+                            cells(at, 3),
+                            {}};
+    for (int j = 0; j < kMaxOperands; ++j) instruction.operand[j] = cells(at, 4 + j);
+    kernel.code.push_back(instruction);
+  }
+  return kernel;
+}
+
+py::tuple launch_kernel(const Kernel& kernel, GlobalMemory& memory, std::array<uint32_t, 3> grid,
+                        std::array<uint32_t, 3> block, uint32_t dynamic_shared_bytes, const py::bytes& parameters,
+                        const py::bytes& constants, uint64_t seed, uint32_t concurrent_blocks, uint64_t spin_limit) {
+  const auto as_bytes = [](const py::bytes& data) {
+    const std::string text = data;
+    return std::vector<uint8_t>(text.begin(), text.end());
+  };
+  Launch launch{};
+  launch.kernel = &kernel;
+  launch.options = {grid, block, dynamic_shared_bytes, seed, concurrent_blocks, spin_limit};
+  launch.global = &memory;
+  launch.parameters = as_bytes(parameters);
+  launch.constants = as_bytes(constants);
+  py::object fault = py::none();
+  std::unique_ptr<Fault> caught;
+  {
+    py::gil_scoped_release release;
+    try {
+      launch.run();
+    } catch (const Fault& thrown) {
+      caught = std::make_unique<Fault>(thrown);
+    }
+  }
+  if (caught) {
+    fault = py::make_tuple(static_cast<int>(caught->kind), caught->message, caught->block, caught->warp, caught->lane,
+                           caught->pc);
+  }
+  py::array_t<uint64_t> counts({launch.counts.size(), size_t{6}});
+  auto cells = counts.mutable_unchecked<2>();
+  for (size_t i = 0; i < launch.counts.size(); ++i) {
+    const InstructionCounts& c = launch.counts[i];
+    const uint64_t values[] = {c.warps,         c.threads, c.requests, c.shared_wavefronts, c.ideal_wavefronts,
+                               c.global_sectors};
+    for (int j = 0; j < 6; ++j) cells(static_cast<py::ssize_t>(i), j) = values[j];
+  }
+  return py::make_tuple(counts, fault);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(EMULATOR_MODULE, m) {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Fault& fault) {
+      PyErr_SetString(PyExc_ValueError, fault.message.c_str());
+    }
+  });
+  m.attr("MAX_OPERANDS") = kMaxOperands;
+  m.attr("NEGATED_PREDICATE") = kNegatedPredicate;
+  m.attr("SHARED_BASE") = kSharedBase;
+  m.attr("SPECIAL_ROWS") = static_cast<int>(kSpecialRows);
+  m.def("operations", [] {
+    std::vector<std::string> names;
+    for (const auto& [name, operation] : registry()) names.push_back(name);
+    return names;
+  });
+  m.def("variable_address", [](uint64_t number) { return window_base(kFirstVariableSlot + number); });
+  py::class_<Kernel>(m, "Kernel").def(py::init(&make_kernel));
+  py::class_<GlobalMemory>(m, "GlobalMemory")
+      .def(py::init<>())
+      .def("add",
+           [](GlobalMemory& self, const std::string& name, uintptr_t data, uint64_t size, bool writable, bool poisoned,
+              bool write_once) {
+             return self.add(name, reinterpret_cast<uint8_t*>(data), size, writable, poisoned, write_once);
+           })
+      .def("remove", &GlobalMemory::remove)
+      .def("written",
+           [](const GlobalMemory& self, uint64_t base) {
+             const std::vector<uint8_t>& written = self.written(base);
+             return py::bytes(reinterpret_cast<const char*>(written.data()), written.size());
+           })
+      .def("place_variable",
+           [](GlobalMemory& self, size_t number, const std::string& name, uintptr_t data, uint64_t size,
+              bool writable) { self.place_variable(number, name, reinterpret_cast<uint8_t*>(data), size, writable); })
+      .def("forget_variables", &GlobalMemory::forget_variables);
+  m.def("launch", &launch_kernel);
+}
+
+}  // namespace emulator
