@@ -1,0 +1,1 @@
+"""The benchmark suite: workloads, peers, measurements and the report made from them."""

@@ -1,0 +1,152 @@
+// Launch plans for Python: device pointers arrive as integers, kernel arguments leave as bytes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/sm80/kernel_params.h"
+#include "kernels/cuda/sm80/plan.h"
+#include "key_ranges.h"
+
+namespace py = pybind11;
+namespace aa = anchor_attention;
+
+namespace {
+
+template <class T>
+T field(const py::dict& fields, const char* name, T absent) {
+  return fields.contains(name) ? fields[name].cast<T>() : absent;
+}
+
+template <class T = void>
+T* pointer(const py::dict& fields, const char* name) {
+  return reinterpret_cast<T*>(field<uintptr_t>(fields, name, 0));
+}
+
+aa::Strides strides(const py::dict& fields, const char* name) {
+  const auto values = field<std::array<int64_t, 3>>(fields, name, {0, 0, 0});
+  return {values[0], values[1], values[2]};
+}
+
+aa::FreqsStrides freqs_strides(const py::dict& fields, const char* name) {
+  const auto values = field<std::array<int64_t, 2>>(fields, name, {0, 0});
+  return {values[0], values[1]};
+}
+
+aa::ScalarType scalar_type(const py::dict& fields) {
+  const auto name = fields["dtype"].cast<std::string>();
+  if (name == "bfloat16") return aa::ScalarType::bfloat16;
+  if (name == "float16") return aa::ScalarType::float16;
+  return name == "float64" ? aa::ScalarType::float64 : aa::ScalarType::float32;
+}
+
+aa::KeyRangeTable table_of(const py::dict& fields) {
+  using Words = std::vector<int64_t>;
+  return aa::make_key_range_table(fields["q_ranges"].cast<Words>(), fields["k_offsets"].cast<Words>(),
+                                  fields["k_ranges"].cast<Words>(), fields["n_queries"].cast<int64_t>(),
+                                  fields["n_keys"].cast<int64_t>());
+}
+
+aa::AttentionParams attention_params(const py::dict& fields, const aa::KeyRangeTable& table) {
+  aa::AttentionParams p{};
+  p.q = pointer(fields, "q");
+  p.k = pointer(fields, "k");
+  p.v = pointer(fields, "v");
+  p.q_freqs = pointer(fields, "q_freqs");
+  p.key_mask = pointer<const bool>(fields, "key_mask");
+  p.out = pointer(fields, "out");
+  p.lse = pointer(fields, "lse");
+  p.q_strides = strides(fields, "q_strides");
+  p.k_strides = strides(fields, "k_strides");
+  p.v_strides = strides(fields, "v_strides");
+  p.q_freqs_strides = freqs_strides(fields, "q_freqs_strides");
+  p.key_mask_batch_stride = field<int64_t>(fields, "key_mask_batch_stride", 0);
+  p.batch = fields["batch"].cast<int64_t>();
+  p.n_queries = fields["n_queries"].cast<int64_t>();
+  p.n_keys = fields["n_keys"].cast<int64_t>();
+  p.heads = fields["heads"].cast<int64_t>();
+  p.head_dim = fields["head_dim"].cast<int64_t>();
+  p.scale = fields["scale"].cast<double>();
+  p.dtype = scalar_type(fields);
+  p.table = table.view();
+  return p;
+}
+
+aa::sm80::PlanOptions options(const py::dict& fields) {
+  return {field<int>(fields, "multiprocessors", 132), field<bool>(fields, "allow_tf32", false)};
+}
+
+aa::RopeParams rope_params(const py::dict& fields) {
+  aa::RopeParams p{};
+  p.x = pointer(fields, "x");
+  p.freqs = pointer(fields, "freqs");
+  p.out = pointer(fields, "out");
+  p.x_strides = strides(fields, "x_strides");
+  p.freqs_strides = freqs_strides(fields, "freqs_strides");
+  p.batch = fields["batch"].cast<int64_t>();
+  p.tokens = fields["tokens"].cast<int64_t>();
+  p.heads = fields["heads"].cast<int64_t>();
+  p.head_dim = fields["head_dim"].cast<int64_t>();
+  p.dtype = scalar_type(fields);
+  return p;
+}
+
+aa::sm80::Plan plan_attention_forward(const py::dict& fields) {
+  const aa::KeyRangeTable table = table_of(fields);
+  return aa::sm80::plan_attention_forward(attention_params(fields, table), options(fields),
+                                          pointer(fields, "workspace"));
+}
+
+aa::sm80::Plan plan_attention_backward(const py::dict& fields) {
+  const aa::KeyRangeTable table = table_of(fields);
+  aa::AttentionBackwardParams p{};
+  p.forward = attention_params(fields, table);
+  p.grad_out = pointer(fields, "grad_out");
+  p.grad_out_strides = strides(fields, "grad_out_strides");
+  p.grad_lse = pointer(fields, "grad_lse");
+  p.grad_q = pointer(fields, "grad_q");
+  p.grad_k = pointer(fields, "grad_k");
+  p.grad_v = pointer(fields, "grad_v");
+  p.grad_q_freqs = pointer(fields, "grad_q_freqs");
+  return aa::sm80::plan_attention_backward(p, options(fields), pointer(fields, "workspace"));
+}
+
+aa::sm80::Plan plan_rope(const py::dict& fields) { return aa::sm80::plan_rope(rope_params(fields)); }
+
+aa::sm80::Plan plan_rope_backward(const py::dict& fields) {
+  aa::RopeBackwardParams p{};
+  p.forward = rope_params(fields);
+  p.grad_out = pointer(fields, "grad_out");
+  p.grad_out_strides = strides(fields, "grad_out_strides");
+  p.grad_x = pointer(fields, "grad_x");
+  p.grad_freqs = pointer(fields, "grad_freqs");
+  return aa::sm80::plan_rope_backward(p);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(CUDA_PLANS_MODULE, module) {
+  using aa::sm80::LaunchPlan;
+  using aa::sm80::Plan;
+  py::class_<LaunchPlan>(module, "LaunchPlan")
+      .def_property_readonly("name", [](const LaunchPlan& launch) { return launch.kernel.name(); })
+      .def_readonly("grid", &LaunchPlan::grid)
+      .def_readonly("block", &LaunchPlan::block)
+      .def_readonly("shared_bytes", &LaunchPlan::shared_bytes)
+      .def_property_readonly("params", [](const LaunchPlan& launch) {
+        return py::bytes(reinterpret_cast<const char*>(launch.params.data()), launch.params.size());
+      });
+  py::class_<Plan>(module, "Plan")
+      .def_readonly("launches", &Plan::launches)
+      .def_readonly("workspace_bytes", &Plan::workspace_bytes);
+  module.def("plan_attention_forward", &plan_attention_forward);
+  module.def("plan_attention_backward", &plan_attention_backward);
+  module.def("plan_rope", &plan_rope);
+  module.def("plan_rope_backward", &plan_rope_backward);
+  module.def("shared_bytes", [](int pass, int precision, int head_dim) {
+    return aa::sm80::shared_bytes(static_cast<aa::sm80::Pass>(pass), static_cast<aa::sm80::Precision>(precision),
+                                  head_dim);
+  });
+}
