@@ -59,7 +59,14 @@ def test_instruction_sets_share_no_code() -> None:
 def test_every_operation_is_documented_by_its_schema() -> None:
     registration = (ROOT / "csrc" / "registration.cpp").read_text()
     names = set(re.findall(r'"(\w+)\(', registration))
-    assert names == {"attention", "attention_backward", "rope", "rope_backward", "canonical_key_ranges", "cpu_instruction_sets"}
+    assert names == {
+        "attention",
+        "attention_backward",
+        "rope",
+        "rope_backward",
+        "canonical_key_ranges",
+        "cpu_instruction_sets",
+    }
     assert all(hasattr(torch.ops.anchor_attention, name) for name in names)
 
 

@@ -27,8 +27,8 @@ def load() -> ModuleType:
         subprocess.run(
             [
                 os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-Wall", "-Wextra", "-shared", "-fPIC",
-                "-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
-                *map(str, SOURCES), "-o", str(unfinished),
+                "-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}",
+                f"-I{sysconfig.get_path('include')}", *map(str, SOURCES), "-o", str(unfinished),
             ],
             check=True,
         )  # fmt: skip
