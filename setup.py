@@ -15,6 +15,10 @@ ROOT = Path(__file__).parent.resolve()
 class CMakeBuild(build_ext):
     """Builds in build/cmake, which is kept: a second build compiles only what changed."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        """Leaves out the suffix of Python's ABI, which the library has nothing to do with."""
+        return fullname.replace(".", "/") + ".so"
+
     def build_extension(self, ext: Extension) -> None:
         build_directory = ROOT / "build" / "cmake"
         package_directory = Path(self.get_ext_fullpath(ext.name)).parent.resolve()

@@ -4,7 +4,11 @@ from . import _library
 
 _library.load()
 
-from . import ops  # noqa: E402, F401
+from . import (  # noqa: E402
+    converters,
+    ops,  # noqa: F401
+    streaming,
+)
 from ._library import CpuInstructionSets, cpu_instruction_sets  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .functional import anchor_attention, merge_attention, rope, use_backend  # noqa: E402
@@ -52,9 +56,11 @@ __all__ = [
     "__version__",
     "anchor_attention",
     "anchor_attention_reference",
+    "converters",
     "cpu_instruction_sets",
     "merge_attention",
     "rope",
     "rope_reference",
+    "streaming",
     "use_backend",
 ]

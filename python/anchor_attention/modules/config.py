@@ -24,6 +24,7 @@ class AttentionConfig:
             ``"truncnormal002-identity"`` (the same, and a zero output projection), ``"torch"`` (what ``nn.Linear``
             does), ``"zeros"``.
         bias: Whether the projections have a bias.
+        qk_norm: Whether every head's queries and keys are divided by their root mean square, without a learnt weight.
 
     Raises:
         ValueError: If a field is out of its range.
@@ -35,6 +36,7 @@ class AttentionConfig:
     dropout: float = 0.0
     init_weights: str = "truncnormal002"
     bias: bool = True
+    qk_norm: bool = False
 
     def __post_init__(self) -> None:
         for field in ("hidden_dim", "num_heads"):
@@ -155,7 +157,7 @@ def resolve_config(config_class: type[Config], config: Any, fields: Mapping[str,
 
     Raises:
         TypeError: If both or neither are given, or a field is missing or unknown.
-        ValueError: If a field is out of its range, or the object asks for a normalisation of queries and keys.
+        ValueError: If a field is out of its range.
     """
     if config is not None and fields:
         raise TypeError(f"give either a config or its fields, got {type(config).__name__} and {sorted(fields)}")
@@ -170,9 +172,6 @@ def resolve_config(config_class: type[Config], config: Any, fields: Mapping[str,
     else:
         names = [field.name for field in dataclasses.fields(config_class)]
         values = {name: getattr(config, name) for name in (*names, "dim") if hasattr(config, name)}
-        # Ignoring it would load a checkpoint of a normalised model without a word and compute something else.
-        if getattr(config, "qk_norm", False):
-            raise ValueError(f"qk_norm of {type(config).__name__} is not supported, got {config.qk_norm}")
     dim = values.pop("dim", None)
     if dim is not None:
         values.setdefault("hidden_dim", dim)

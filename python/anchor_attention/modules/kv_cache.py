@@ -64,10 +64,29 @@ def append_cached(
             ],
             dim=1,
         )
-    # A single entry is used as it is, without a copy.
-    if len(keys) == 1:
-        return keys[0], values[0], key_mask
-    return torch.cat(keys, dim=1), torch.cat(values, dim=1), key_mask
+    return join_tokens(keys), join_tokens(values), key_mask
+
+
+def join_tokens(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenates (B, tokens, H, D) on axis 1, without a copy where the parts lie one behind the other in memory.
+
+    The entries that one call made are such parts: read in every later call, they are never copied again.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    # A tracer knows no addresses, and the gradient of a view that reaches beyond its part would be lost.
+    if torch.compiler.is_compiling() or any(part.requires_grad for part in parts):
+        return torch.cat(tuple(parts), dim=1)
+    memory, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    for part in parts:
+        if (part.untyped_storage().data_ptr(), part.storage_offset()) != (memory, offset) or (
+            part.dtype,
+            part.stride(),
+        ) != (first.dtype, first.stride()):
+            return torch.cat(tuple(parts), dim=1)
+        offset += part.shape[1] * part.stride(1)
+    return first.as_strided((first.shape[0], sum(part.shape[1] for part in parts), *first.shape[2:]), first.stride())
 
 
 def make_cache(k: Tensor, v: Tensor, key_mask: Tensor | None, key_slices: Mapping[str, tuple[int, int]]) -> KVCache:

@@ -41,6 +41,7 @@ class MixedAttention(nn.Module):
         self.use_rope = resolved.use_rope
         self.dropout = resolved.dropout
         self.init_weights = resolved.init_weights
+        self.qk_norm = resolved.qk_norm
         self.qkv = nn.Linear(resolved.hidden_dim, 3 * resolved.hidden_dim, bias=resolved.bias)
         self.proj = nn.Linear(resolved.hidden_dim, resolved.hidden_dim, bias=resolved.bias)
         self.reset_parameters()
@@ -88,98 +89,22 @@ class MixedAttention(nn.Module):
         Raises:
             ValueError: If the arguments contradict each other or the configuration.
         """
-        self._check_inputs(x, key_padding_mask, freqs)
-        plan = self._plan(x, token_specs, attention_patterns, kv_cache, return_kv_cache)
-        q, k, v = self._project(x, plan)
-        q_freqs, k_freqs = None, None
-        if isinstance(freqs, Tensor):
-            q_freqs, k_freqs = freqs, _read_tokens(freqs, plan)
-        elif freqs is not None:
-            q = rotate_half_rope(q, freqs)
-            k = rotate_half_rope(k, tuple(_read_tokens(angle, plan) for angle in freqs))
-        key_mask = None if key_padding_mask is None else _read_tokens(key_padding_mask, plan)
-
-        uses_dropout = self.training and self.dropout > 0
-        if k_freqs is not None and (return_kv_cache or plan.cached_names or uses_dropout):
-            # The cache holds rotated keys, and so do the keys that are joined with it.
-            k, k_freqs = rope(k, k_freqs), None
-        if kv_cache is not None and plan.cached_names:
-            fresh = (k, v) if plan.read_slices else None
-            k, v, key_mask = append_cached(fresh, key_mask, [kv_cache[name] for name in plan.cached_names])
-        cache = None
-        if return_kv_cache:
-            # Views of the packed projection would keep all of it alive for as long as the cache.
-            k, v = k.contiguous(), v.contiguous()
-            cache = make_cache(k, v, key_mask, plan.key_slices)
-
-        if uses_dropout:
-            q = q if q_freqs is None else rope(q, q_freqs)
-            attended = _attention_with_dropout(q, k, v, plan.table, key_mask, self.dropout)
-        else:
-            attended = anchor_attention(q, k, v, plan.table, q_freqs=q_freqs, k_freqs=k_freqs, key_mask=key_mask)
-        out = self.proj(attended.flatten(2))
+        check_inputs(x, self.hidden_dim, self.use_rope, key_padding_mask, freqs)
+        plan = plan_call(
+            x, token_specs, attention_patterns, kv_cache, self.num_heads, self.head_dim, keep_unread=return_kv_cache
+        )
+        attended, cache = attend(
+            *project_packed(self.qkv, x, plan, self.num_heads),
+            plan,
+            key_padding_mask=key_padding_mask,
+            freqs=freqs,
+            kv_cache=kv_cache,
+            return_kv_cache=return_kv_cache,
+            dropout=self.dropout if self.training else 0.0,
+            qk_norm=self.qk_norm,
+        )
+        out = self.proj(attended)
         return out if cache is None else (out, cache)
-
-    def _check_inputs(self, x: Tensor, key_padding_mask: Tensor | None, freqs: Freqs | None) -> None:
-        if x.dim() != 3 or x.shape[2] != self.hidden_dim:
-            raise ValueError(f"x must be (batch, tokens, {self.hidden_dim}), got shape {tuple(x.shape)}")
-        if self.use_rope != (freqs is not None):
-            given = "None" if freqs is None else type(freqs).__name__
-            raise ValueError(f"RoPE usage mismatch: use_rope={self.use_rope}, but freqs={given}")
-        if key_padding_mask is None:
-            return
-        if key_padding_mask.dtype != torch.bool:
-            raise ValueError(f"key_padding_mask must have dtype torch.bool, got {key_padding_mask.dtype}")
-        if key_padding_mask.dim() != 2:
-            raise ValueError(f"key_padding_mask must be 2-D (batch, tokens), got shape {tuple(key_padding_mask.shape)}")
-        if key_padding_mask.shape != x.shape[:2]:
-            raise ValueError(
-                f"key_padding_mask must have the batch size and length of x, {tuple(x.shape[:2])}, "
-                f"got {tuple(key_padding_mask.shape)}"
-            )
-
-    def _plan(
-        self,
-        x: Tensor,
-        token_specs: Sequence[TokenSpec],
-        attention_patterns: Sequence[AttentionPattern],
-        kv_cache: Mapping[str, CacheEntry] | None,
-        return_kv_cache: bool,
-    ) -> AttentionPlan:
-        if kv_cache is not None and not kv_cache:
-            raise ValueError("kv_cache is empty: pass None where nothing is cached")
-        groups = []
-        for spec in token_specs:
-            in_cache = None
-            if spec.size is None and kv_cache is not None and spec.name in kv_cache:
-                in_cache = cached_size(spec.name, kv_cache[spec.name], x.shape[0], self.num_heads, self.head_dim)
-            groups.append(GroupSize(spec.name, spec.size, in_cache))
-        patterns = tuple((tuple(p.query_tokens), tuple(p.key_value_tokens)) for p in attention_patterns)
-        plan = attention_plan(tuple(groups), patterns, return_kv_cache)
-        if plan.n_tokens != x.shape[1]:
-            raise ValueError(
-                f"Token specs total size {plan.n_tokens} must equal the number of tokens of x, {x.shape[1]}; "
-                f"token_specs are {[(group.name, group.in_x) for group in groups]}"
-            )
-        return plan
-
-    def _project(self, x: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns q (B, N, H, D) and k, v (B, tokens read, H, D): views of one or two packed projections."""
-        batch = x.shape[0]
-        # What stands in for the projection (an adapter, a quantised layer) may have more to it than a weight to cut.
-        if plan.reads_all or type(self.qkv) is not nn.Linear:
-            q, k, v = self.qkv(x).view(batch, plan.n_tokens, 3, self.num_heads, self.head_dim).unbind(2)
-            return q, _read_tokens(k, plan), _read_tokens(v, plan)
-        rows = [self.hidden_dim, 2 * self.hidden_dim]
-        q_weight, kv_weight = torch.split(self.qkv.weight, rows)
-        q_bias, kv_bias = (None, None) if self.qkv.bias is None else torch.split(self.qkv.bias, rows)
-        q = nn.functional.linear(x, q_weight, q_bias).view(batch, plan.n_tokens, self.num_heads, self.head_dim)
-        if not plan.read_slices:
-            k = v = q[:, :0]
-            return q, k, v
-        kv = nn.functional.linear(_read_tokens(x, plan), kv_weight, kv_bias)
-        k, v = kv.view(batch, kv.shape[1], 2, self.num_heads, self.head_dim).unbind(2)
-        return q, k, v
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for kind in ("weight", "bias"):
@@ -189,7 +114,148 @@ class MixedAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _read_tokens(tensor: Tensor, plan: AttentionPlan) -> Tensor:
+def check_inputs(
+    x: Tensor, hidden_dim: int, use_rope: bool, key_padding_mask: Tensor | None, freqs: Freqs | None
+) -> None:
+    """Checks the inputs of a call against each other and the module.
+
+    Raises:
+        ValueError: If a shape or dtype does not fit, or freqs are missing or not used.
+    """
+    if x.dim() != 3 or x.shape[2] != hidden_dim:
+        raise ValueError(f"x must be (batch, tokens, {hidden_dim}), got shape {tuple(x.shape)}")
+    if use_rope != (freqs is not None):
+        given = "None" if freqs is None else type(freqs).__name__
+        raise ValueError(f"RoPE usage mismatch: use_rope={use_rope}, but freqs={given}")
+    if key_padding_mask is None:
+        return
+    if key_padding_mask.dtype != torch.bool:
+        raise ValueError(f"key_padding_mask must have dtype torch.bool, got {key_padding_mask.dtype}")
+    if key_padding_mask.dim() != 2:
+        raise ValueError(f"key_padding_mask must be 2-D (batch, tokens), got shape {tuple(key_padding_mask.shape)}")
+    if key_padding_mask.shape != x.shape[:2]:
+        raise ValueError(
+            f"key_padding_mask must have the batch size and length of x, {tuple(x.shape[:2])}, "
+            f"got {tuple(key_padding_mask.shape)}"
+        )
+
+
+def plan_call(
+    x: Tensor,
+    token_specs: Sequence[TokenSpec],
+    attention_patterns: Sequence[AttentionPattern],
+    kv_cache: Mapping[str, CacheEntry] | None,
+    num_heads: int,
+    head_dim: int,
+    *,
+    keep_unread: bool,
+) -> AttentionPlan:
+    """Makes, or remembers, the plan of a call.
+
+    Raises:
+        ValueError: If the arguments contradict each other.
+    """
+    if kv_cache is not None and not kv_cache:
+        raise ValueError("kv_cache is empty: pass None where nothing is cached")
+    groups = []
+    for spec in token_specs:
+        in_cache = None
+        if spec.size is None and kv_cache is not None and spec.name in kv_cache:
+            in_cache = cached_size(spec.name, kv_cache[spec.name], x.shape[0], num_heads, head_dim)
+        groups.append(GroupSize(spec.name, spec.size, in_cache))
+    patterns = tuple((tuple(p.query_tokens), tuple(p.key_value_tokens)) for p in attention_patterns)
+    plan = attention_plan(tuple(groups), patterns, keep_unread)
+    if plan.n_tokens != x.shape[1]:
+        raise ValueError(
+            f"Token specs total size {plan.n_tokens} must equal the number of tokens of x, {x.shape[1]}; "
+            f"token_specs are {[(group.name, group.in_x) for group in groups]}"
+        )
+    return plan
+
+
+def project_packed(qkv: nn.Module, x: Tensor, plan: AttentionPlan, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Projects x (B, N, dim) by one linear layer of 3 dim outputs: queries, keys and values.
+
+    Returns:
+        q (B, N, H, D) and k, v (B, tokens read, H, D): views of one or two packed projections.
+    """
+    batch, _, dim = x.shape
+    heads = (num_heads, dim // num_heads)
+    # What stands in for the projection (an adapter, a quantised layer) may have more to it than a weight to cut.
+    if plan.reads_all or type(qkv) is not nn.Linear:
+        q, k, v = qkv(x).view(batch, plan.n_tokens, 3, *heads).unbind(2)
+        return q, read_tokens(k, plan), read_tokens(v, plan)
+    rows = [dim, 2 * dim]
+    q_weight, kv_weight = torch.split(qkv.weight, rows)
+    q_bias, kv_bias = (None, None) if qkv.bias is None else torch.split(qkv.bias, rows)
+    q = nn.functional.linear(x, q_weight, q_bias).view(batch, plan.n_tokens, *heads)
+    if not plan.read_slices:
+        k = v = q[:, :0]
+        return q, k, v
+    kv = nn.functional.linear(read_tokens(x, plan), kv_weight, kv_bias)
+    k, v = kv.view(batch, kv.shape[1], 2, *heads).unbind(2)
+    return q, k, v
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    key_padding_mask: Tensor | None,
+    freqs: Freqs | None,
+    kv_cache: Mapping[str, CacheEntry] | None,
+    return_kv_cache: bool,
+    dropout: float,
+    qk_norm: bool,
+) -> tuple[Tensor, KVCache | None]:
+    """From projections to what the output projection takes.
+
+    Args:
+        q: (B, N, H, D), of all tokens of x.
+        k: (B, tokens read, H, D), of the tokens that the plan reads.
+        v: Like k.
+        plan: The plan of the call.
+        key_padding_mask: As for :meth:`MixedAttention.forward`, and so are freqs, kv_cache and return_kv_cache.
+        dropout: Probability with which weights are dropped in this call.
+        qk_norm: Whether queries and keys are normalised.
+
+    Returns:
+        (B, N, H D), and the cache where it is asked for.
+    """
+    if qk_norm:
+        # Before the rotation, which keeps the norm: cached keys are normalised as well as rotated.
+        q, k = (nn.functional.rms_norm(heads, (heads.shape[-1],)) for heads in (q, k))
+    q_freqs, k_freqs = None, None
+    if isinstance(freqs, Tensor):
+        q_freqs, k_freqs = freqs, read_tokens(freqs, plan)
+    elif freqs is not None:
+        q = rotate_half_rope(q, freqs)
+        k = rotate_half_rope(k, tuple(read_tokens(angle, plan) for angle in freqs))
+    key_mask = None if key_padding_mask is None else read_tokens(key_padding_mask, plan)
+
+    if k_freqs is not None and (return_kv_cache or plan.cached_names or dropout > 0):
+        # The cache holds rotated keys, and so do the keys that are joined with it.
+        k, k_freqs = rope(k, k_freqs), None
+    if kv_cache is not None and plan.cached_names:
+        fresh = (k, v) if plan.read_slices else None
+        k, v, key_mask = append_cached(fresh, key_mask, [kv_cache[name] for name in plan.cached_names])
+    cache = None
+    if return_kv_cache:
+        # Views of the packed projection would keep all of it alive for as long as the cache.
+        k, v = k.contiguous(), v.contiguous()
+        cache = make_cache(k, v, key_mask, plan.key_slices)
+
+    if dropout > 0:
+        q = q if q_freqs is None else rope(q, q_freqs)
+        attended = _attention_with_dropout(q, k, v, plan.table, key_mask, dropout)
+    else:
+        attended = anchor_attention(q, k, v, plan.table, q_freqs=q_freqs, k_freqs=k_freqs, key_mask=key_mask)
+    return attended.flatten(2), cache
+
+
+def read_tokens(tensor: Tensor, plan: AttentionPlan) -> Tensor:
     """Selects the tokens that are read, on axis 1: a view where they are one run."""
     if plan.reads_all:
         return tensor
