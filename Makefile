@@ -1,5 +1,7 @@
 # make demo   trains a small anchored-branch transformer on airfoil flow and shows what it learnt
 # make test   every test
+# make bench  the CPU benchmarks, into benchmarks/results
+# make gpu    everything that needs a GPU: tests, sanitizers, benchmarks (DRY_RUN=1: the same stages on the CPU)
 # Both set up all that they need: an environment where torch is importable is used, otherwise .venv is made.
 
 SHELL := /bin/bash
@@ -17,7 +19,7 @@ TORCH ?= $(if $(filter-out 0,$(HAS_GPU)),torch>=2.10,torch==2.13.0)
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-sanitizers lint typecheck format clean help
+.PHONY: demo test bench gpu test-sanitizers lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -51,6 +53,12 @@ demo: build/.runnable build/.examples-packages
 
 test: build/.complete build/.test-packages build/.examples-packages
 	$(PYTHON) -m pytest -q $(PYTEST_ARGS)
+
+bench: build/.runnable build/.bench-packages
+	$(PYTHON) -m benchmarks.run_cpu $(BENCH_ARGS)
+
+gpu: build/.complete build/.test-packages build/.bench-packages
+	$(PYTHON) -m benchmarks.gpu $(if $(DRY_RUN),--device cpu --quick) $(GPU_ARGS)
 
 test-sanitizers: build/.complete build/.test-packages
 	PYTHON=$(PYTHON) scripts/test_sanitizers.sh

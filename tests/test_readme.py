@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -23,6 +24,18 @@ def test_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#]+)\)", README))
 def test_links_lead_somewhere(path: str) -> None:
     assert path.startswith("http") or (ROOT / path).exists()
+
+
+def test_figures_of_the_example_come_from_its_raw_files() -> None:
+    flat = " ".join(README.split())
+    for mode, pattern in {
+        "short": r"within ([\d.]+) % and the velocity around the body within ([\d.]+) %",
+        "full": r"half an hour reaches ([\d.]+) % and ([\d.]+) %",
+    }.items():
+        metrics = json.loads((ROOT / "examples" / "airfoil" / "results" / mode / "metrics.json").read_text())
+        errors = metrics["relative_l2_error_unseen"]
+        expected = tuple(f"{100 * errors[name]['model']['mean']:.1f}" for name in ("pressure", "velocity"))
+        assert re.search(pattern, flat).groups() == expected
 
 
 def test_make_targets_exist() -> None:

@@ -14,7 +14,7 @@ import pybind11
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (Path(__file__).with_name("bindings.cpp"), ROOT / "csrc" / "key_ranges.cpp")
-HEADERS = (ROOT / "csrc" / "key_ranges.h", ROOT / "csrc" / "params.h")
+HEADERS = tuple(ROOT / "csrc" / name for name in ("key_ranges.h", "params.h", "kernels/cpu/simd.h"))
 
 
 def load() -> ModuleType:

@@ -86,13 +86,13 @@ ANCHOR_ATTENTION_INLINE Vector<float> exp2(Vector<float> x) {
   constexpr float kRound = 12582912.0f;
   const Vector<float> shifted = x + kRound;
   const Vector<float> f = x - (shifted - kRound);
-  // Minimax polynomial of 2^f on [−½, ½], relative error 7.5e-8.
-  Vector<float> p = splat(1.3276471961e-3f);
-  p = p * f + 9.6755415026e-3f;
-  p = p * f + 5.5507132751e-2f;
-  p = p * f + 2.4022119721e-1f;
-  p = p * f + 6.9314696706e-1f;
-  p = p * f + 1.0000000717f;
+  // Minimax polynomial of 2^f on [−½, ½] with 2^0 = 1, relative error 9.2e-8.
+  Vector<float> p = splat(1.3264727207e-3f);
+  p = p * f + 9.6715127069e-3f;
+  p = p * f + 5.5507337438e-2f;
+  p = p * f + 2.4022242084e-1f;
+  p = p * f + 6.9314697760e-1f;
+  p = p * f + 1.0f;
   const Bits scaled = reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 23);
   return x < -126.0f ? Vector<float>{} : reinterpret_cast<Vector<float>>(scaled);
 }

@@ -1,0 +1,72 @@
+"""Writes the results section of README.md from ``results/*/metrics.json``: no figure is typed by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RUNS = {
+    "short": "`run.py`, the default",
+    "full": "`run.py --full --steps 4500 --threads 1`",
+    "busy": "the default again, while other programs kept the two cores busy several times over",
+}
+HEADING = "## Results\n"
+BASELINES = {
+    "nearest_shape": "nearest training shape",
+    "training_mean": "training mean",
+}
+
+
+def results_section(metrics: dict[str, dict[str, Any]]) -> str:
+    """Returns the section, heading included, for the metrics by mode."""
+    data = next(iter(metrics.values()))["data"]
+    angles = ", ".join(f"{angle:g}°" for angle in data["test_angles"])
+    lines = [
+        HEADING,
+        f"Relative L2 error, mean over {data['unseen_shapes']} unseen airfoils × angles of attack {angles} (median and",
+        "worst case in brackets); velocity is the whole velocity, free stream included.",
+        "",
+        "| | pressure coefficient | velocity |",
+        "|---|---|---|",
+    ]
+    tables = {mode: those["relative_l2_error_unseen"] for mode, those in metrics.items()}
+    rows = [(f"the model, {mode} run", tables[mode], "model") for mode in metrics]
+    # The baselines don't depend on the run.
+    rows += [(name, tables["full"], method) for method, name in BASELINES.items()]
+    for name, table, method in rows:
+        cells = (table[quantity][method] for quantity in ("pressure", "velocity"))
+        columns = (f"{cell['mean']:.2%} ({cell['median']:.2%}, {cell['worst']:.2%})" for cell in cells)
+        lines.append(f"| {name} | {' | '.join(columns)} |")
+    lines += [
+        "",
+        "The machine was shared when these runs were made, so their seconds say little about a quiet one.",
+        "",
+    ]
+    for mode, those in metrics.items():
+        training, environment, fields = those["training"], those["environment"], those["streaming"]
+        slowest = min(field["points_per_second"] for field in fields)
+        lines += [
+            f"**{mode.capitalize()} run** ([metrics](results/{mode}/metrics.json)), {RUNS[mode]}:",
+            f"{training['parameters']:,} parameters, {training['steps']:,} steps in {training['seconds']:.0f} s,",
+            f"{environment['total_seconds']:.0f} s with evaluation and pictures; threads:",
+            f"{environment.get('training_threads', environment['threads'])} in training, {environment['threads']} after it",
+            f"({environment['machine']}, torch {environment['torch']}).",
+            f"Streaming: {fields[0]['query_points']:,} points around an airfoil, at {slowest:,.0f} per second or more.",
+            "",
+        ]
+    for mode in metrics:
+        for picture in sorted((HERE / "results" / mode).glob("*.png")):
+            lines.append(f"![{picture.stem} case of the {mode} run](results/{mode}/{picture.name})")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    readme = HERE / "README.md"
+    metrics = {mode: json.loads((HERE / "results" / mode / "metrics.json").read_text()) for mode in RUNS}
+    readme.write_text(readme.read_text().split(HEADING)[0] + results_section(metrics))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""The operations and the modules on every device that is there, against float64.
+
+Inputs are made on the CPU, where plain PyTorch in the same dtype and the float64 reference give the bounds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anchor_attention import KeyRangeTable, anchor_attention, rope
+
+from .generators import LAYOUTS, AttentionInputs, attention_inputs, strided, unit_freqs
+from .oracle import Result, assert_as_good_as_plain, fused, plain_attention, reference, run
+from .test_golden import CASES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case
+
+HAS_CUDA = torch.cuda.is_available()
+DEVICES = ("cpu", "cuda") if HAS_CUDA else ("cpu",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIMS = (8, 32, 40, 48, 64, 80, 96, 128, 160, 256)
+
+
+def moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """A copy with the same strides and offset: `Tensor.to` would make views of packed tensors contiguous."""
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    storage = tensor.detach().as_strided((size,), (1,), 0).clone().to(device)
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def on(device: str, inputs: AttentionInputs) -> AttentionInputs:
+    tensors = {name: moved(tensor, device) for name, tensor in vars(inputs).items() if isinstance(tensor, torch.Tensor)}
+    return replace(inputs, **tensors)
+
+
+def to_cpu(result: Result) -> Result:
+    return {name: tensor.cpu() for name, tensor in result.items()}
+
+
+def make(
+    dtype: torch.dtype, head_dim: int = 64, layout: str = "packed", n_queries: int = 300, n_keys: int = 200
+) -> AttentionInputs:
+    """Partial tiles, shared and repeated keys, a group without keys, rows of no group, padding, rotation."""
+    table = KeyRangeTable.from_ranges(
+        [[0, 150], [0, 150], [150, 280], [150, 280], [280, 290]], [[0, 90], [137, n_keys], [70, 160], [70, 160], [4, 4]]
+    )
+    q, k, v, grad_out = (strided(2, n, 3, head_dim, dtype, layout) for n in (n_queries, n_keys, n_keys, n_queries))
+    freqs = (unit_freqs(batch, n, head_dim, dtype) for batch, n in ((1, n_queries), (2, n_keys)))
+    return AttentionInputs(q, k, v, table, grad_out, *freqs, key_mask=torch.rand(2, n_keys) < 0.8)
+
+
+def assert_right(device: str, inputs: AttentionInputs) -> None:
+    exact = run(reference, inputs.to(torch.float64))
+    plain = run(plain_attention, inputs)
+    assert_as_good_as_plain(to_cpu(run(fused, on(device, inputs))), exact, plain, inputs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_moved_inputs_are_the_same(device: str, layout: str) -> None:
+    tensor = strided(2, 9, 3, 16, torch.bfloat16, layout)
+    copy = moved(tensor, device)
+    assert copy.stride() == tensor.stride() and copy.storage_offset() == tensor.storage_offset()
+    assert copy.device.type == device and torch.equal(copy.cpu(), tensor)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(data=st.data())
+def test_matches_float64(data: st.DataObject, device: str, dtype: torch.dtype) -> None:
+    assert_right(device, data.draw(attention_inputs(dtype)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "head_dim"), list(itertools.product(DTYPES, HEAD_DIMS)), ids=str)
+def test_every_head_dim(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    assert_right(device, make(dtype, head_dim))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_are_read_in_place(device: str, layout: str) -> None:
+    inputs = on(device, make(torch.bfloat16, layout=layout))
+    contiguous = replace(inputs, **{name: getattr(inputs, name).contiguous() for name in ("q", "k", "v")})
+    assert all(torch.equal(a, b) for a, b in zip(fused(inputs), fused(contiguous), strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_runs_give_the_same_bits(device: str, dtype: torch.dtype) -> None:
+    inputs = on(device, make(dtype, n_queries=2000, n_keys=1000))
+    inputs.table = KeyRangeTable.from_ranges([[0, 700], [700, 2000]], [[0, 1000], [100, 650]])
+    first = run(fused, inputs)
+    for _ in range(3):
+        again = run(fused, inputs)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_thousands_of_groups(device: str) -> None:
+    bounds = torch.arange(3001) * 3
+    table = KeyRangeTable.from_cu_seqlens(bounds, bounds)
+    q, k, v = (torch.randn(1, 9000, 2, 32) for _ in range(3))
+    one = KeyRangeTable.from_ranges([[0, 3]], [[0, 3]])
+    expected = anchor_attention(*(t.double().unflatten(1, (3000, 3))[0] for t in (q, k, v)), one)
+    out = anchor_attention(*(t.to(device) for t in (q, k, v)), table)
+    # Three values are averaged: a few units of rounding of numbers of order one.
+    torch.testing.assert_close(out.cpu(), expected.flatten(0, 1).unsqueeze(0).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 48, 64, 128])
+def test_rope(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    x, grad = (strided(2, 37, 3, head_dim, dtype, "packed") for _ in range(2))
+    freqs = unit_freqs(1, 37, head_dim)
+
+    def rotate(x: torch.Tensor, freqs: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_(), freqs.detach().requires_grad_()]
+        out = rope(*leaves)
+        return [tensor.cpu() for tensor in (out.detach(), *torch.autograd.grad(out, leaves, grad))]
+
+    found = rotate(moved(x, device), freqs.to(device), grad.to(device))
+    exact = rotate(x.double(), freqs.to(torch.complex128), grad.double())
+    # Two products and a sum in float32, rounded once; freqs gather those of all heads and samples.
+    for name, result, truth in zip(("out", "grad_x", "grad_freqs"), found, exact, strict=True):
+        eps = torch.finfo(torch.float32 if result.is_complex() else dtype).eps
+        bound = (16 if result.is_complex() else 2) * eps * truth.abs().max()
+        assert (result.to(truth.dtype) - truth).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(device: str, dtype: torch.dtype) -> None:
+    ops = torch.ops.anchor_attention
+    inputs = on(device, make(dtype, head_dim=16))
+    table = (list(inputs.table.q_ranges), list(inputs.table.k_offsets), list(inputs.table.k_ranges))
+    inputs.differentiable()
+    assert inputs.q_freqs is not None
+    torch.library.opcheck(
+        ops.attention, (inputs.q, inputs.k, inputs.v, *table, inputs.q_freqs, inputs.key_mask, 0.3, True)
+    )
+    torch.library.opcheck(ops.attention, (inputs.q, inputs.k, inputs.v, *table))
+    torch.library.opcheck(ops.rope, (inputs.q, inputs.q_freqs))
+    q, k, v, freqs = (tensor.detach() for tensor in (inputs.q, inputs.k, inputs.v, inputs.q_freqs))
+    out, lse = ops.attention(q, k, v, *table, freqs)
+    grads = (torch.randn_like(out), torch.randn_like(lse))
+    torch.library.opcheck(
+        ops.attention_backward, (*grads, q, k, v, out, lse, *table, freqs, None, None, True, True, True, True, True)
+    )
+    torch.library.opcheck(ops.rope_backward, (torch.randn_like(q), q, freqs, True, True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", CASES)
+def test_modules_match_the_recorded_ones(device: str, name: str) -> None:
+    case = Case(name, fused_weights=True)
+    case.arrays = {key: tensor.to(device) for key, tensor in case.arrays.items()}
+    case.module.to(device)
+    x = case.arrays["x"].clone().requires_grad_()
+    freqs = None if case.freqs is None else case.freqs.to(device)
+    y = case.run(x, case.specs, freqs)
+    y.backward(case.arrays["grad_y"])
+    torch.testing.assert_close(y, case.arrays["y"], rtol=0, atol=OUTPUT_TOLERANCE)
+    torch.testing.assert_close(x.grad, case.arrays["grad_x"], rtol=0, atol=GRADIENT_TOLERANCE)
+
+
+def other_devices_are_refused() -> None:
+    inputs = on("cuda", make(torch.float32))
+    with pytest.raises(RuntimeError, match="k must be on"):
+        anchor_attention(inputs.q, inputs.k.cpu(), inputs.v, inputs.table)
+
+
+def nothing_waits_for_the_gpu() -> None:
+    inputs = on("cuda", make(torch.bfloat16))
+    run(fused, inputs)
+    grad_out = inputs.grad_out
+    leaves = list(inputs.differentiable().values())
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out, _ = fused(inputs)
+        torch.autograd.grad(out, leaves, grad_out)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def a_graph_replays_forward_and_backward() -> None:
+    for dtype in DTYPES:
+        inputs = on("cuda", make(dtype))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                run_capturable(inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run_capturable(inputs)
+        with torch.no_grad():
+            for name in ("q", "k", "v"):
+                tensor = getattr(inputs, name)
+                tensor.copy_(torch.randn_like(tensor))
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = run_capturable(inputs)
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True)), dtype
+
+
+def run_capturable(inputs: AttentionInputs) -> tuple[torch.Tensor, ...]:
+    leaves = list(inputs.differentiable().values())
+    out, lse = fused(inputs)
+    return (out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out))
+
+
+def streams_do_not_disturb_each_other() -> None:
+    calls = [on("cuda", make(dtype, n_queries=3000, n_keys=900)) for dtype in DTYPES * 2]
+    expected = [run_capturable(inputs) for inputs in calls]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    for _ in range(5):
+        results = []
+        for inputs, stream in zip(calls, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(run_capturable(inputs))
+        torch.cuda.synchronize()
+        for found, wanted in zip(results, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def a_stream_that_is_behind_is_waited_for() -> None:
+    """The inputs are written late on the current stream; a launch on any other would read what was there before."""
+    inputs = on("cuda", make(torch.bfloat16))
+    expected = fused(inputs)[0]
+    late = inputs.v.detach().clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad(), torch.cuda.stream(stream):
+        inputs.v.zero_()
+        torch.cuda._sleep(100_000_000)
+        inputs.v.copy_(late)
+        out = fused(inputs)[0]
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+def offsets_go_beyond_two_to_the_31_elements() -> None:
+    storage = torch.zeros(2**31 + 4096, dtype=torch.float16, device="cuda")
+    rows = storage.as_strided((1, 5, 1, 16), (0, 2**29, 16, 1))
+    rows.copy_(torch.randn(1, 5, 1, 16))
+    table = KeyRangeTable.from_ranges([[0, 5]], [[0, 5]])
+    assert torch.equal(anchor_attention(rows, rows, rows, table), anchor_attention(*[rows.contiguous()] * 3, table))
+
+
+def tf32_is_used_where_torch_allows_it() -> None:
+    inputs = make(torch.float32)
+    exact = reference(inputs.to(torch.float64))[0]
+    precision = torch.get_float32_matmul_precision()
+    errors = {}
+    try:
+        for setting in ("highest", "high"):
+            torch.set_float32_matmul_precision(setting)
+            errors[setting] = (fused(on("cuda", inputs))[0].cpu() - exact).abs().max()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    # TF32 keeps 10 bits; three products of it keep what float32 sums keep.
+    assert errors["highest"] * 8 < errors["high"] < 2.0**-8 * inputs.v.abs().max() * 4
+
+
+GPU_ONLY: tuple[Callable[[], None], ...] = (
+    other_devices_are_refused,
+    nothing_waits_for_the_gpu,
+    a_graph_replays_forward_and_backward,
+    streams_do_not_disturb_each_other,
+    a_stream_that_is_behind_is_waited_for,
+    offsets_go_beyond_two_to_the_31_elements,
+    tf32_is_used_where_torch_allows_it,
+)
+
+if HAS_CUDA:
+
+    @pytest.mark.parametrize("check", GPU_ONLY, ids=lambda check: check.__name__)
+    def test_on_a_gpu(check: Callable[[], None]) -> None:
+        check()
