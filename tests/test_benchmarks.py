@@ -246,6 +246,7 @@ def record(peer_seconds: float, workload: str = "drivaer_train", peer: str = "ea
         "seconds": {OURS: own, peer: theirs},
         "time_relative_to_ours": {OURS: ratios(own, own), peer: ratios(theirs, own)},
         "ceilings": {},
+        "commit": "unknown",
         "not_supported": {"dense_mask": "too large for it"},
         "ready_seconds": {OURS: 0.1, peer: 0.1},
     }

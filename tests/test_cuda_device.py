@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anchor_attention import KeyRangeTable, anchor_attention, rope
+from anchor_attention import KeyRangeTable, TokenSpec, anchor_attention, rope
 
 from .generators import LAYOUTS, AttentionInputs, attention_inputs, strided, unit_freqs
 from .oracle import Result, assert_as_good_as_plain, fused, plain_attention, reference, run
@@ -168,6 +168,24 @@ def test_modules_match_the_recorded_ones(device: str, name: str) -> None:
     y.backward(case.arrays["grad_y"])
     torch.testing.assert_close(y, case.arrays["y"], rtol=0, atol=OUTPUT_TOLERANCE)
     torch.testing.assert_close(x.grad, case.arrays["grad_x"], rtol=0, atol=GRADIENT_TOLERANCE)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", [name for name in CASES if "cached" in name])
+def test_modules_read_their_cache_on_the_device(device: str, name: str) -> None:
+    case = Case(name, fused_weights=True)
+    case.module.to(device)
+    is_anchor = [spec.name.endswith(case.meta.get("suffix", "_anchors")) for spec in case.specs]
+    keep = torch.cat([torch.full((spec.size or 0,), not a) for spec, a in zip(case.specs, is_anchor, strict=True)])
+    alone = [TokenSpec(s.name, None if a else s.size) for s, a in zip(case.specs, is_anchor, strict=True)]
+    assert case.freqs is not None
+    x, freqs = case.arrays["x"], case.freqs
+    with torch.no_grad():
+        y, cache = case.run(x.to(device), case.specs, freqs.to(device), return_kv_cache=True)
+        queries = case.run(x[:, keep].to(device), alone, freqs[:, keep].to(device), kv_cache=cache)
+    assert queries.device.type == device
+    torch.testing.assert_close(y.cpu(), case.arrays["y"], rtol=0, atol=OUTPUT_TOLERANCE)
+    torch.testing.assert_close(queries.cpu(), case.arrays["y_cached_queries"], rtol=0, atol=OUTPUT_TOLERANCE)
 
 
 def other_devices_are_refused() -> None:

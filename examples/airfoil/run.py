@@ -31,8 +31,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="the long training, of a larger model")
     parser.add_argument("--seconds", type=float, help="wall-clock seconds of training")
     parser.add_argument("--steps", type=int, help="train for a number of steps instead: reproducible on any machine")
-    # A batch is too small for many threads: two made 18.0 steps/s where one made 13.3, but 1.1 instead of 8.6 as soon as
-    # other programs wanted the cores.
+    # A batch is too small for many threads: two made 18.0 steps/s where one made 13.3, but 1.1 instead of 8.6 as soon
+    # as other programs wanted the cores.
     parser.add_argument("--threads", type=int, default=1, help="threads of the training; the rest uses all cores")
     parser.add_argument("--restart", action="store_true", help="forget the checkpoint")
     parser.add_argument("--data", type=Path, default=HERE / "data" / "airfoils.npz")
@@ -147,6 +147,8 @@ def predict_fields(trainer: Any, unseen: Any, errors: dict[str, Any], arguments:
 def main() -> None:
     arguments = parse_arguments()
     require_packages()
+    # Set before PyTorch is loaded: threads that spin while they wait are slow on a machine with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import dataset
     import evaluation
     import torch

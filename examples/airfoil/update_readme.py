@@ -10,7 +10,7 @@ HERE = Path(__file__).resolve().parent
 RUNS = {
     "short": "`run.py`, the default",
     "full": "`run.py --full --steps 4500 --threads 1`",
-    "busy": "the default again, while other programs kept the two cores busy several times over",
+    "busy": "`run.py --threads 2`, while other programs kept the two cores busy several times over",
 }
 HEADING = "## Results\n"
 BASELINES = {
@@ -46,12 +46,13 @@ def results_section(metrics: dict[str, dict[str, Any]]) -> str:
     ]
     for mode, those in metrics.items():
         training, environment, fields = those["training"], those["environment"], those["streaming"]
+        training_threads = environment.get("training_threads", environment["threads"])
         slowest = min(field["points_per_second"] for field in fields)
         lines += [
             f"**{mode.capitalize()} run** ([metrics](results/{mode}/metrics.json)), {RUNS[mode]}:",
             f"{training['parameters']:,} parameters, {training['steps']:,} steps in {training['seconds']:.0f} s,",
             f"{environment['total_seconds']:.0f} s with evaluation and pictures; threads:",
-            f"{environment.get('training_threads', environment['threads'])} in training, {environment['threads']} after it",
+            f"{training_threads} in training, {environment['threads']} after it",
             f"({environment['machine']}, torch {environment['torch']}).",
             f"Streaming: {fields[0]['query_points']:,} points around an airfoil, at {slowest:,.0f} per second or more.",
             "",

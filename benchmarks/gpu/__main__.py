@@ -1,0 +1,162 @@
+"""The GPU suite: ``python -m benchmarks.gpu``.
+
+Checks and times the operation and the modules on the GPU of this machine, within ``--minutes`` and without a network.
+Every stage's result is on disk as soon as it is there; a page that sums them up is printed last. The exit status is 1
+if a check failed or did not end. A library that was built elsewhere is named by ``$ANCHOR_ATTENTION_LIBRARY``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .stages import PASSED, ROOT, Outcome, Stage, run_stages
+from .summary import CASES, ENVIRONMENT, write_summary
+
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
+SANITIZER_ERROR = 86
+# Conformance tests that run small programs on the emulator and on a GPU.
+CONFORMANCE_TESTS = tuple(
+    f"tests/test_emulator_{name}.py" for name in ("arithmetic", "floating", "memory", "tensor_core", "warp")
+)
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=50")
+
+
+def find(tool: str, *, variable: str = "") -> str | None:
+    """Path of a tool of the CUDA toolkit, ``None`` where there is none."""
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / tool
+    return os.environ.get(variable) or shutil.which(tool) or (str(toolkit) if toolkit.is_file() else None)
+
+
+def suite(device: str, quick: bool, folder: Path) -> list[Stage]:
+    """The stages, the checks first: what they leave of their time goes to the benchmarks."""
+    options = ("--device", device, *(("--quick",) if quick else ()))
+    profile = {"HYPOTHESIS_PROFILE": "brief"}
+    small_shapes = ("-m", "benchmarks.gpu.small_shapes", *options)
+    stages = [
+        Stage(
+            "environment",
+            ("-m", "benchmarks.gpu.environment", "--device", device, "--out", str(folder)),
+            40,
+            makes=(ENVIRONMENT,),
+        ),
+        Stage("small_shapes", small_shapes, 50, decides=True),
+        Stage(
+            "correctness",
+            (*PYTEST, "tests/test_cuda_device.py", "-k", "cpu" if device == "cpu" else "not cpu"),
+            130,
+            decides=True,
+            variables=profile,
+        ),
+        *_conformance(device),
+    ]
+    sanitizer = find("compute-sanitizer") if device == "cuda" else None
+    for tool in SANITIZERS:
+        # Its checks are many times slower than the kernels: the fewest shapes have to do.
+        command = ("-m", "benchmarks.gpu.small_shapes", "--device", device, "--quick")
+        program = (sanitizer or "", "--tool", tool, "--target-processes", "all", "--error-exitcode")
+        stages.append(
+            Stage(
+                tool,
+                command,
+                50,
+                decides=True,
+                missing="" if sanitizer else "compute-sanitizer was not found, or the device is no GPU",
+                program=(*program, str(SANITIZER_ERROR)),
+            )
+        )
+    return [
+        *stages,
+        Stage(
+            "benchmarks",
+            ("-m", "benchmarks.gpu.table", *options, "--out", str(folder)),
+            200,
+            keeps_time=True,
+            makes=(CASES,),
+        ),
+        Stage("report", ("-m", "benchmarks.gpu.report", str(folder)), 30, makes=("table.md",)),
+    ]
+
+
+def _conformance(device: str) -> list[Stage]:
+    """Primitives and instructions on the hardware; without any, on the emulator."""
+    where = "not emulated" if device == "cuda" else "emulated"
+    no_compiler = "a C++ compiler, which the emulator is built with, was not found: set CXX"
+    if shutil.which(os.environ.get("CXX", "c++")):
+        no_compiler = ""
+    no_nvcc = "" if find("nvcc", variable="NVCC") else "nvcc was not found: set NVCC"
+    return [
+        Stage(
+            "primitives",
+            (*PYTEST, "tests/test_cuda_primitives.py", "-k", where),
+            80,
+            decides=True,
+            missing=no_nvcc or no_compiler,
+        ),
+        Stage(
+            "instructions",
+            (*PYTEST, *(CONFORMANCE_TESTS if device == "cuda" else CONFORMANCE_TESTS[:1]), "-k", where),
+            60,
+            decides=True,
+            missing=no_compiler,
+        ),
+    ]
+
+
+def default_folder(device: str) -> Path:
+    """``$OUT/gpu`` where that is set; else a dry run's folder, or that of the GPU."""
+    if "OUT" in os.environ:
+        return Path(os.environ["OUT"]) / "gpu"
+    if device == "cpu":
+        return ROOT / "build" / "gpu-dry-run"
+    try:
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        names = []
+    name = re.sub(r"[^a-z0-9]+", "-", (names or ["gpu"])[0].lower()).strip("-")
+    return ROOT / "benchmarks" / "results" / name
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    result = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Runs the GPU suite.")
+    result.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu shows that the suite works")
+    result.add_argument("--quick", action="store_true", help="tiny sizes and few rounds")
+    result.add_argument("--stages", nargs="+", default=[], metavar="NAME", help="only these stages")
+    result.add_argument("--minutes", type=float, default=9.8, help="time for all stages")
+    result.add_argument("--out", type=Path, default=None, help="folder of the results")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit status; see ``--help``."""
+    command = parser()
+    arguments = command.parse_args(argv)
+    folder = (arguments.out or default_folder(arguments.device)).resolve()
+    stages = suite(arguments.device, arguments.quick, folder)
+    unknown = set(arguments.stages) - {stage.name for stage in stages}
+    if unknown:
+        command.error(f"stages must be among {[stage.name for stage in stages]}, got {sorted(unknown)}")
+    if arguments.minutes <= 0:
+        command.error(f"minutes must be positive, got {arguments.minutes}")
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [stage for stage in stages if not arguments.stages or stage.name in arguments.stages]
+    outcomes = run_stages(chosen, folder, 60 * arguments.minutes, _print)
+    print("\n" + write_summary(folder, outcomes), flush=True)
+    return int(any(outcome.fails_suite for outcome in outcomes))
+
+
+def _print(outcome: Outcome) -> None:
+    words = outcome.last_lines[-1] if outcome.last_lines and outcome.status != PASSED else ""
+    print(f"{outcome.name}: {outcome.status} after {outcome.seconds:.0f} s {words}".rstrip(), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

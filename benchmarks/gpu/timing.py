@@ -1,0 +1,69 @@
+"""Times on a GPU: CUDA events around a call that finds a cold level-2 cache and no waiting host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+# Many times the level-2 cache of any GPU yet: clearing it also keeps the GPU busy while the host launches the call.
+FLUSH_BYTES = 2**30
+
+
+def interleave_cold(
+    contestants: Mapping[str, Callable[[T], object]], inputs: Sequence[T], rounds: int, device: str
+) -> dict[str, list[float]]:
+    """Times every contestant once per round, each after a flush of the cache, on input sets taken in turn.
+
+    Args:
+        contestants: Functions of the inputs, by name; they have run before.
+        inputs: The sets of inputs.
+        rounds: How many.
+        device: Where; on the CPU it is the wall clock, without a flush.
+
+    Returns:
+        Seconds by contestant, one entry for each round.
+    """
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+    for i in range(rounds):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(_seconds(contestants[name], inputs[i % len(inputs)], flushed))
+    return seconds
+
+
+def peak_above_inputs(contestant: Callable[[T], object], inputs: T, device: str) -> int | None:
+    """Bytes of GPU memory that a call needs at its peak above what is there before it; ``None`` on the CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = contestant(inputs)
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _seconds(contestant: Callable[[T], object], inputs: T, flushed: torch.Tensor | None) -> float:
+    if flushed is None:
+        start = time.perf_counter()
+        contestant(inputs)
+        return time.perf_counter() - start
+    begin: Any
+    end: Any
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    flushed.zero_()
+    begin.record()
+    result = contestant(inputs)
+    end.record()
+    end.synchronize()
+    del result
+    return float(begin.elapsed_time(end)) / 1e3

@@ -1,0 +1,156 @@
+"""The machine: what it is, and the rates that it reaches without any attention."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import anchor_attention
+from anchor_attention.benchmark import NotSupportedError, interleave
+from anchor_attention.benchmark.timing import quartiles
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+REGISTER_SOURCE = Path(__file__).with_name("register_ceiling.cpp")
+REGISTER_CEILINGS = {"float32": "fma_float32", "bfloat16": "dot_bfloat16"}
+# Long against the time that idle workers of torch spin on before they leave the cores to others.
+REGISTER_ITERATIONS = 20_000_000
+MATMUL_SIZE = 2048
+VECTOR_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
+
+
+def cpu_name() -> str:
+    """The processor's name as the system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def results_folder(device_name: str) -> Path:
+    """Where the results of a device live."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """Everything that a reader needs to judge the numbers."""
+    flags = set(re.findall(r"\w+", _cpuinfo_line("flags") or _cpuinfo_line("Features")))
+    return {
+        "device": cpu_name(),
+        "family_model_stepping": [_cpuinfo_line(key) for key in ("cpu family", "model\t", "stepping")],
+        "vector_extensions": [flag for flag in VECTOR_FLAGS if flag in flags],
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "anchor_attention": anchor_attention.__version__,
+        "instruction_sets": anchor_attention.cpu_instruction_sets()._asdict(),
+        "commit": _commit(),
+        "settings": {name: value for name, value in os.environ.items() if name.startswith("ANCHOR_ATTENTION_")},
+    }
+
+
+def ceilings(threads: int, rounds: int) -> dict[str, Any]:
+    """GFLOP/s of torch's matrix product by dtype, and of multiply-adds on registers, in the same rounds.
+
+    Returns:
+        Quartiles by name, and under ``"not_measured"`` the reasons for what is missing.
+    """
+    contestants: dict[str, Callable[[object], object]] = {}
+    flops = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"matmul_{str(dtype).removeprefix('torch.')}"
+        contestants[name] = partial(_multiply, torch.randn(2, MATMUL_SIZE, MATMUL_SIZE).to(dtype))
+        flops[name] = 2.0 * MATMUL_SIZE**3
+    reasons = {}
+    for name in REGISTER_CEILINGS.values():
+        try:
+            contestants[name], flops[name] = register_ceiling(name, threads)
+        except NotSupportedError as error:
+            reasons[name] = str(error)
+    seconds = interleave(contestants, lambda: None, rounds=rounds)
+    rates: dict[str, Any] = {name: quartiles([flops[name] / t / 1e9 for t in own]) for name, own in seconds.items()}
+    return rates | {"not_measured": reasons}
+
+
+def register_ceiling(name: str, threads: int) -> tuple[Callable[[object], object], float]:
+    """Multiply-adds on registers, on every thread at once.
+
+    Args:
+        name: One of the values of :data:`REGISTER_CEILINGS`.
+        threads: How many run them.
+
+    Returns:
+        A contestant, and the floating-point operations of one call.
+
+    Raises:
+        NotSupportedError: If there is no compiler, or the processor has no such instruction.
+    """
+    try:
+        library = _register_library()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NotSupportedError(f"no compiler for it: {error}") from error
+    chains = library[name]
+    chains.restype = ctypes.c_double
+    chains.argtypes = (ctypes.c_long, ctypes.POINTER(ctypes.c_float))
+
+    def run_chains(_: object = None) -> float:
+        operations: float = chains(REGISTER_ITERATIONS, (ctypes.c_float * 1)())
+        return operations
+
+    operations = run_chains()
+    if operations == 0:
+        raise NotSupportedError("the processor has no such instruction")
+    # Its threads wait on a lock when idle: they take nothing from the contestants of the other rounds.
+    pool = ThreadPoolExecutor(threads)
+    return lambda _: list(pool.map(run_chains, range(threads))), threads * operations
+
+
+@cache
+def _register_library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "register_ceiling.so"
+        command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O3", "-march=native", "-shared", "-fPIC"]
+        subprocess.run([*command, str(REGISTER_SOURCE), "-o", str(library)], check=True, capture_output=True)
+        return ctypes.CDLL(str(library))
+
+
+def _multiply(factors: Tensor, _: object) -> Tensor:
+    return factors[0] @ factors[1]
+
+
+def _cpuinfo_line(key: str) -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    found = re.search(rf"^{re.escape(key)}\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else ""
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", "csrc", "python")
+    except (OSError, subprocess.CalledProcessError):
+        return "uncommitted"
+    return commit + (" and uncommitted changes" if changed else "")
