@@ -16,6 +16,8 @@ PYTHON := .venv/bin/python
 endif
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -c GPU)
 TORCH ?= $(if $(filter-out 0,$(HAS_GPU)),torch>=2.10,torch==2.13.0)
+# Programs that were installed beside the interpreter.
+BIN = $(shell dirname "$$(command -v $(PYTHON))")
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
@@ -36,12 +38,12 @@ build/.tools:
 # The demo builds what this machine can run; everything else builds what its toolkit can compile.
 build/.runnable: build/.tools $(SOURCES)
 	@[ build/.complete -nt build/.runnable ] || \
-	  PATH="$$(dirname $$(command -v $(PYTHON))):$$PATH" ANCHOR_ATTENTION_CUDA=$(if $(filter-out 0,$(HAS_GPU)),AUTO,OFF) \
+	  PATH="$(BIN):$$PATH" ANCHOR_ATTENTION_CUDA=$(if $(filter-out 0,$(HAS_GPU)),AUTO,OFF) \
 	  $(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
 build/.complete: build/.tools $(SOURCES)
-	PATH="$$(dirname $$(command -v $(PYTHON))):$$PATH" ANCHOR_ATTENTION_CUDA=AUTO $(PIP) install --quiet --no-build-isolation --no-deps -e .
+	PATH="$(BIN):$$PATH" ANCHOR_ATTENTION_CUDA=AUTO $(PIP) install --quiet --no-build-isolation --no-deps -e .
 	@touch $@ build/.runnable
 
 build/.%-packages: build/.tools pyproject.toml
@@ -66,7 +68,7 @@ test-sanitizers: build/.complete build/.test-packages
 lint: build/.tools build/.dev-packages
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(dir $(PYTHON))clang-format --dry-run -Werror
+	find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
 
 typecheck: build/.tools build/.dev-packages
 	$(PYTHON) -m mypy
@@ -74,7 +76,7 @@ typecheck: build/.tools build/.dev-packages
 format: build/.tools build/.dev-packages
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	find csrc \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(dir $(PYTHON))clang-format -i
+	find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format -i
 
 clean:
 	rm -rf build python/anchor_attention/*.so python/*.egg-info
