@@ -83,7 +83,8 @@ ANCHOR_ATTENTION_INLINE void online_softmax(const ForwardScratch<Operand>& s, in
     const Vector<T> old_max = load(s.row_max + column);
     const Vector<T> max = maximum(load(s.chunk_max + column), old_max);
     const Vector<T> correction = exp2(old_max - max);
-    Vector<T> sum = load(s.row_sum + column) * correction;
+    // The chunk is summed by itself: one long chain would round each small term at the size of the whole sum.
+    Vector<T> sum{};
     const T* scores = s.scores + column;
     if constexpr (kDepth<Operand> == 1) {
       for (int64_t key = 0; key < n_keys; ++key) {
@@ -101,7 +102,7 @@ ANCHOR_ATTENTION_INLINE void online_softmax(const ForwardScratch<Operand>& s, in
       }
     }
     store(s.row_max + column, max);
-    store(s.row_sum + column, sum);
+    store(s.row_sum + column, load(s.row_sum + column) * correction + sum);
     store(s.correction + column, correction);
   }
 }
