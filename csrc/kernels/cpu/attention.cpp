@@ -169,9 +169,12 @@ std::vector<RowTask> row_tasks(const AttentionParams& p, const CountRows& count_
   return tasks;
 }
 
+int64_t storage_size(ScalarType dtype) {
+  return dtype == ScalarType::float64 ? 8 : dtype == ScalarType::float32 ? 4 : 2;
+}
+
 const char* head_start(const void* tensor, const Strides& strides, int64_t batch, int64_t head, ScalarType dtype) {
-  const int64_t size = dtype == ScalarType::float64 ? 8 : dtype == ScalarType::float32 ? 4 : 2;
-  return static_cast<const char*>(tensor) + (batch * strides.batch + head * strides.head) * size;
+  return static_cast<const char*>(tensor) + (batch * strides.batch + head * strides.head) * storage_size(dtype);
 }
 
 // A tensor to pack and where to.
@@ -198,7 +201,7 @@ void pack(const AttentionParams& p, const Schedule& schedule, const Kernels& ker
 
 template <typename T>
 void fill_rows_without_keys(const AttentionParams& p, const Tile& tile) {
-  const int64_t size = p.dtype == ScalarType::float64 ? 8 : p.dtype == ScalarType::float32 ? 4 : 2;
+  const int64_t size = storage_size(p.dtype);
   for (int64_t i = tile.q_begin; i < tile.q_begin + tile.n_queries; ++i) {
     const int64_t row = (tile.batch * p.n_queries + i) * p.heads + tile.head;
     std::memset(static_cast<char*>(p.out) + row * p.head_dim * size, 0, p.head_dim * size);
@@ -267,7 +270,7 @@ void unpack(const AttentionParams& p, const Schedule& schedule, const Kernels& k
   for_each_task(executor, threads, static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {
     const RowTask& task = tasks[i];
     char* first = const_cast<char*>(head_start(target, strides, task.batch, task.head, p.dtype));
-    const int64_t size = p.dtype == ScalarType::float64 ? 8 : p.dtype == ScalarType::float32 ? 4 : 2;
+    const int64_t size = storage_size(p.dtype);
     kernels.unpack_rows({rows + schedule.sum_offset(task.batch, task.head), packed_row[task.batch].data() + task.begin,
                          task.end - task.begin, p.head_dim, scale, p.dtype, first + task.begin * strides.token * size,
                          strides.token});
