@@ -366,7 +366,15 @@ def test_missing_packages_are_named_in_one_line(monkeypatch: pytest.MonkeyPatch)
 
 def start_program(*arguments: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, str(EXAMPLE / "run.py"), "--threads", "1", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ.copy())
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ.copy(),
+        # A shell starts background jobs with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def small_data(stored: dict[str, np.ndarray], folder: Path) -> Path:
@@ -402,10 +410,13 @@ def test_interrupted_program_goes_on(stored: dict[str, np.ndarray], tmp_path: Pa
     assert program.stdout is not None
     seen = ""
     deadline = time.monotonic() + 300
-    while "step 2," not in seen and time.monotonic() < deadline:
-        seen += program.stdout.read(16)
-    program.send_signal(signal.SIGINT)
-    text, _ = program.communicate(timeout=300)
+    try:
+        while "step 2," not in seen and time.monotonic() < deadline:
+            seen += program.stdout.read(16)
+        program.send_signal(signal.SIGINT)
+        text, _ = program.communicate(timeout=300)
+    finally:
+        program.kill()
     assert program.returncode == 130 and "the same command goes on from there" in text
     assert torch.load(output / "checkpoint.pt", weights_only=True)["step"] >= 2
 

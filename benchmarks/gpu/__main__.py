@@ -49,7 +49,7 @@ def suite(device: str, quick: bool, folder: Path) -> list[Stage]:
         Stage("small_shapes", small_shapes, 50, decides=True),
         Stage(
             "correctness",
-            (*PYTEST, "tests/test_cuda_device.py", "-k", "cpu" if device == "cpu" else "not cpu"),
+            (*PYTEST, "tests/test_devices.py", "-k", "cpu" if device == "cpu" else "cuda or on_a_gpu"),
             130,
             decides=True,
             variables=profile,

@@ -75,14 +75,15 @@ class _Device:
         self._owners: dict[int, tuple[int, Array]] = {}
 
     def address(self, array: Array | None, *, output: bool = False) -> int:
-        if array is None:
+        # Like torch, which has no memory for an empty tensor.
+        if array is None or not array.size:
             return 0
         owner = array
         while isinstance(owner.base, np.ndarray):
             owner = owner.base
         if id(owner) not in self._owners:
             name = f"{len(self._owners)}: {owner.dtype}{list(owner.shape)}"
-            address = self.memory.register(owner, name, writable=output, poisoned=output) if owner.size else 256
+            address = self.memory.register(owner, name, writable=output, poisoned=output)
             self._owners[id(owner)] = (address, owner)
         return self._owners[id(owner)][0] + array.ctypes.data - owner.ctypes.data
 

@@ -1,4 +1,4 @@
-"""The operations and the modules on every device that is there, against float64.
+"""The operations and the modules on every device that is there, the emulated GPU included, against float64.
 
 Inputs are made on the CPU, where plain PyTorch in the same dtype and the float64 reference give the bounds.
 """
@@ -6,24 +6,29 @@ Inputs are made on the CPU, where plain PyTorch in the same dtype and the float6
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, settings
 
 from anchor_attention import KeyRangeTable, TokenSpec, anchor_attention, rope
+from anchor_attention.reference import rope_reference
 
+from .devices import DEVICES, HAS_CUDA, Device
 from .generators import LAYOUTS, AttentionInputs, attention_inputs, strided, unit_freqs
 from .oracle import Result, assert_as_good_as_plain, fused, plain_attention, reference, run
 from .test_golden import CASES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case
 
-HAS_CUDA = torch.cuda.is_available()
-DEVICES = ("cpu", "cuda") if HAS_CUDA else ("cpu",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (8, 32, 40, 48, 64, 80, 96, 128, 160, 256)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    with Device(request.param).executing() as executing:
+        yield executing
 
 
 def moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
@@ -43,90 +48,97 @@ def to_cpu(result: Result) -> Result:
 
 
 def make(
-    dtype: torch.dtype, head_dim: int = 64, layout: str = "packed", n_queries: int = 300, n_keys: int = 200
+    dtype: torch.dtype,
+    head_dim: int = 64,
+    layout: str = "packed",
+    n_queries: int = 300,
+    n_keys: int = 200,
+    heads: int = 3,
 ) -> AttentionInputs:
     """Partial tiles, shared and repeated keys, a group without keys, rows of no group, padding, rotation."""
     table = KeyRangeTable.from_ranges(
         [[0, 150], [0, 150], [150, 280], [150, 280], [280, 290]], [[0, 90], [137, n_keys], [70, 160], [70, 160], [4, 4]]
     )
-    q, k, v, grad_out = (strided(2, n, 3, head_dim, dtype, layout) for n in (n_queries, n_keys, n_keys, n_queries))
+    q, k, v, grad_out = (strided(2, n, heads, head_dim, dtype, layout) for n in (n_queries, n_keys, n_keys, n_queries))
     freqs = (unit_freqs(batch, n, head_dim, dtype) for batch, n in ((1, n_queries), (2, n_keys)))
     return AttentionInputs(q, k, v, table, grad_out, *freqs, key_mask=torch.rand(2, n_keys) < 0.8)
 
 
-def assert_right(device: str, inputs: AttentionInputs) -> None:
+def assert_right(device: Device, inputs: AttentionInputs) -> None:
     exact = run(reference, inputs.to(torch.float64))
     plain = run(plain_attention, inputs)
-    assert_as_good_as_plain(to_cpu(run(fused, on(device, inputs))), exact, plain, inputs)
+    assert_as_good_as_plain(to_cpu(run(fused, on(device.memory, inputs))), exact, plain, inputs)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_moved_inputs_are_the_same(device: str, layout: str) -> None:
+def test_moved_inputs_are_the_same(device: Device, layout: str) -> None:
     tensor = strided(2, 9, 3, 16, torch.bfloat16, layout)
-    copy = moved(tensor, device)
+    copy = moved(tensor, device.memory)
     assert copy.stride() == tensor.stride() and copy.storage_offset() == tensor.storage_offset()
-    assert copy.device.type == device and torch.equal(copy.cpu(), tensor)
+    assert copy.device.type == device.memory and torch.equal(copy.cpu(), tensor)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@given(data=st.data())
-def test_matches_float64(data: st.DataObject, device: str, dtype: torch.dtype) -> None:
-    assert_right(device, data.draw(attention_inputs(dtype)))
+@pytest.mark.parametrize("name", DEVICES)
+def test_matches_float64(name: str, dtype: torch.dtype) -> None:
+    with Device(name).executing() as device:
+
+        @settings(max_examples=6 if device.is_slow else settings().max_examples)
+        @given(attention_inputs(dtype))
+        def check(inputs: AttentionInputs) -> None:
+            assert_right(device, inputs)
+
+        check()
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("dtype", "head_dim"), list(itertools.product(DTYPES, HEAD_DIMS)), ids=str)
-def test_every_head_dim(device: str, dtype: torch.dtype, head_dim: int) -> None:
-    assert_right(device, make(dtype, head_dim))
+def test_every_head_dim(device: Device, dtype: torch.dtype, head_dim: int) -> None:
+    assert_right(device, make(dtype, head_dim, heads=1 if device.is_slow else 3))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides_are_read_in_place(device: str, layout: str) -> None:
-    inputs = on(device, make(torch.bfloat16, layout=layout))
+def test_strides_are_read_in_place(device: Device, layout: str) -> None:
+    inputs = on(device.memory, make(torch.bfloat16, layout=layout))
     contiguous = replace(inputs, **{name: getattr(inputs, name).contiguous() for name in ("q", "k", "v")})
     assert all(torch.equal(a, b) for a, b in zip(fused(inputs), fused(contiguous), strict=True))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_two_runs_give_the_same_bits(device: str, dtype: torch.dtype) -> None:
-    inputs = on(device, make(dtype, n_queries=2000, n_keys=1000))
-    inputs.table = KeyRangeTable.from_ranges([[0, 700], [700, 2000]], [[0, 1000], [100, 650]])
+def test_two_runs_give_the_same_bits(device: Device, dtype: torch.dtype) -> None:
+    n_queries, n_keys, heads = (300, 200, 1) if device.is_slow else (2000, 1000, 3)
+    inputs = on(device.memory, make(dtype, n_queries=n_queries, n_keys=n_keys, heads=heads))
+    inputs.table = KeyRangeTable.from_ranges([[0, 110], [110, n_queries]], [[0, n_keys], [30, 150]])
     first = run(fused, inputs)
-    for _ in range(3):
+    for _ in range(1 if device.is_slow else 3):
         again = run(fused, inputs)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_thousands_of_groups(device: str) -> None:
-    bounds = torch.arange(3001) * 3
+def test_thousands_of_groups(device: Device) -> None:
+    n = 1500 if device.is_slow else 3000
+    bounds = torch.arange(n + 1) * 3
     table = KeyRangeTable.from_cu_seqlens(bounds, bounds)
-    q, k, v = (torch.randn(1, 9000, 2, 32) for _ in range(3))
+    q, k, v = (torch.randn(1, 3 * n, 2, 32) for _ in range(3))
     one = KeyRangeTable.from_ranges([[0, 3]], [[0, 3]])
-    expected = anchor_attention(*(t.double().unflatten(1, (3000, 3))[0] for t in (q, k, v)), one)
-    out = anchor_attention(*(t.to(device) for t in (q, k, v)), table)
+    expected = anchor_attention(*(t.double().unflatten(1, (n, 3))[0] for t in (q, k, v)), one)
+    out = anchor_attention(*(t.to(device.memory) for t in (q, k, v)), table)
     # Three values are averaged: a few units of rounding of numbers of order one.
     torch.testing.assert_close(out.cpu(), expected.flatten(0, 1).unsqueeze(0).float(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head_dim", [8, 48, 64, 128])
-def test_rope(device: str, dtype: torch.dtype, head_dim: int) -> None:
+def test_rope(device: Device, dtype: torch.dtype, head_dim: int) -> None:
     x, grad = (strided(2, 37, 3, head_dim, dtype, "packed") for _ in range(2))
     freqs = unit_freqs(1, 37, head_dim)
 
-    def rotate(x: torch.Tensor, freqs: torch.Tensor, grad: torch.Tensor) -> list[torch.Tensor]:
-        leaves = [x.detach().requires_grad_(), freqs.detach().requires_grad_()]
-        out = rope(*leaves)
+    def rotate(rotation: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> list[torch.Tensor]:
+        *leaves, grad = (tensor.detach().requires_grad_() for tensor in inputs)
+        out = rotation(*leaves)
         return [tensor.cpu() for tensor in (out.detach(), *torch.autograd.grad(out, leaves, grad))]
 
-    found = rotate(moved(x, device), freqs.to(device), grad.to(device))
-    exact = rotate(x.double(), freqs.to(torch.complex128), grad.double())
+    found = rotate(rope, moved(x, device.memory), freqs.to(device.memory), grad.to(device.memory))
+    exact = rotate(rope_reference, x.double(), freqs.to(torch.complex128), grad.double())
     # Two products and a sum in float32, rounded once; freqs gather those of all heads and samples.
     for name, result, truth in zip(("out", "grad_x", "grad_freqs"), found, exact, strict=True):
         eps = torch.finfo(torch.float32 if result.is_complex() else dtype).eps
@@ -134,11 +146,10 @@ def test_rope(device: str, dtype: torch.dtype, head_dim: int) -> None:
         assert (result.to(truth.dtype) - truth).abs().max() <= bound, name
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(device: str, dtype: torch.dtype) -> None:
+def test_opcheck(device: Device, dtype: torch.dtype) -> None:
     ops = torch.ops.anchor_attention
-    inputs = on(device, make(dtype, head_dim=16))
+    inputs = on(device.memory, make(dtype, head_dim=16))
     table = (list(inputs.table.q_ranges), list(inputs.table.k_offsets), list(inputs.table.k_ranges))
     inputs.differentiable()
     assert inputs.q_freqs is not None
@@ -156,34 +167,32 @@ def test_opcheck(device: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.rope_backward, (torch.randn_like(q), q, freqs, True, True))
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", CASES)
-def test_modules_match_the_recorded_ones(device: str, name: str) -> None:
+def test_modules_match_the_recorded_ones(device: Device, name: str) -> None:
     case = Case(name, fused_weights=True)
-    case.arrays = {key: tensor.to(device) for key, tensor in case.arrays.items()}
-    case.module.to(device)
+    case.arrays = {key: tensor.to(device.memory) for key, tensor in case.arrays.items()}
+    case.module.to(device.memory)
     x = case.arrays["x"].clone().requires_grad_()
-    freqs = None if case.freqs is None else case.freqs.to(device)
+    freqs = None if case.freqs is None else case.freqs.to(device.memory)
     y = case.run(x, case.specs, freqs)
     y.backward(case.arrays["grad_y"])
     torch.testing.assert_close(y, case.arrays["y"], rtol=0, atol=OUTPUT_TOLERANCE)
     torch.testing.assert_close(x.grad, case.arrays["grad_x"], rtol=0, atol=GRADIENT_TOLERANCE)
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", [name for name in CASES if "cached" in name])
-def test_modules_read_their_cache_on_the_device(device: str, name: str) -> None:
+def test_modules_read_their_cache_on_the_device(device: Device, name: str) -> None:
     case = Case(name, fused_weights=True)
-    case.module.to(device)
+    case.module.to(device.memory)
     is_anchor = [spec.name.endswith(case.meta.get("suffix", "_anchors")) for spec in case.specs]
     keep = torch.cat([torch.full((spec.size or 0,), not a) for spec, a in zip(case.specs, is_anchor, strict=True)])
     alone = [TokenSpec(s.name, None if a else s.size) for s, a in zip(case.specs, is_anchor, strict=True)]
     assert case.freqs is not None
     x, freqs = case.arrays["x"], case.freqs
     with torch.no_grad():
-        y, cache = case.run(x.to(device), case.specs, freqs.to(device), return_kv_cache=True)
-        queries = case.run(x[:, keep].to(device), alone, freqs[:, keep].to(device), kv_cache=cache)
-    assert queries.device.type == device
+        y, cache = case.run(x.to(device.memory), case.specs, freqs.to(device.memory), return_kv_cache=True)
+        queries = case.run(x[:, keep].to(device.memory), alone, freqs[:, keep].to(device.memory), kv_cache=cache)
+    assert queries.device.type == device.memory
     torch.testing.assert_close(y.cpu(), case.arrays["y"], rtol=0, atol=OUTPUT_TOLERANCE)
     torch.testing.assert_close(queries.cpu(), case.arrays["y_cached_queries"], rtol=0, atol=OUTPUT_TOLERANCE)
 

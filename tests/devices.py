@@ -1,0 +1,143 @@
+"""Where the shared tests run the operations: on the CPU, on a GPU, or on the emulator of one.
+
+On the emulator tensors stay in CPU memory; the launch plans of the CUDA kernels and the PTX that nvcc made of them
+compute. Arguments are checked by nobody there: that is the same C++ for every device.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from anchor_attention import KeyRangeTable, anchor_attention_reference
+
+from . import cuda_plans
+from .cuda_plans.run import Array, Table
+
+HAS_CUDA = torch.cuda.is_available()
+CAN_EMULATE = shutil.which("nvcc") is not None
+DEVICES = ("cpu", *(["emulated"] * CAN_EMULATE), *(["cuda"] * HAS_CUDA))
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One of ``DEVICES``."""
+
+    name: str
+
+    @property
+    def memory(self) -> str:
+        """The torch device that holds the tensors."""
+        return "cuda" if self.name == "cuda" else "cpu"
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether inputs should be small."""
+        return self.name == "emulated"
+
+    @contextmanager
+    def executing(self) -> Iterator[Device]:
+        """While it lasts, this device executes the operations on tensors in its memory."""
+        if self.name != "emulated":
+            yield self
+            return
+        library = torch.library.Library("anchor_attention", "IMPL")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
+            for function in (attention, attention_backward, rope, rope_backward):
+                library.impl(function.__name__, function, "CPU", allow_override=True)
+        try:
+            yield self
+        finally:
+            library._destroy()
+
+
+def _array(tensor: torch.Tensor | None) -> Array | None:
+    """The tensor's own memory, with its strides; bfloat16 and float16 as their bits."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach().resolve_conj()
+    return tensor.view(torch.uint16).numpy() if tensor.element_size() == 2 else tensor.numpy()
+
+
+def _gradient(grad: torch.Tensor) -> torch.Tensor:
+    """Autograd's gradients come in any layout; the kernels read those whose last axis is contiguous."""
+    return grad if grad.stride(-1) == 1 else grad.contiguous()
+
+
+def _tensor(array: Array, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(array).view(like.dtype)
+
+
+def _entries(q_ranges: Sequence[int], k_offsets: Sequence[int], k_ranges: Sequence[int]) -> Table:
+    keys = list(zip(k_ranges[::2], k_ranges[1::2], strict=True))
+    queries = zip(q_ranges[::2], q_ranges[1::2], strict=True)
+    return [(group, keys[first:last]) for group, (first, last) in zip(queries, pairwise(k_offsets), strict=True)]
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    q_ranges: Sequence[int], k_offsets: Sequence[int], k_ranges: Sequence[int],
+    q_freqs: torch.Tensor | None = None, key_mask: torch.Tensor | None = None, scale: float | None = None,
+    allow_tf32: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """``anchor_attention::attention``; float64, which the GPU kernels do not take, by plain PyTorch."""
+    if q.dtype == torch.float64:
+        table = KeyRangeTable(q_ranges, k_offsets, k_ranges)
+        return anchor_attention_reference(
+            q, k, v, table, q_freqs=q_freqs, key_mask=key_mask, scale=scale, return_lse=True
+        )
+    out, lse = cuda_plans.attention_forward(
+        _NAMES[q.dtype], *map(_array, (q, k, v)), _entries(q_ranges, k_offsets, k_ranges), q_freqs=_array(q_freqs),
+        key_mask=_array(key_mask), scale=scale, allow_tf32=allow_tf32,
+    )  # fmt: skip
+    return _tensor(out, q), torch.from_numpy(lse)
+
+
+def attention_backward(
+    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor,
+    q_ranges: Sequence[int], k_offsets: Sequence[int], k_ranges: Sequence[int],
+    q_freqs: torch.Tensor | None, key_mask: torch.Tensor | None, scale: float | None, allow_tf32: bool,
+    need_q: bool, need_k: bool, need_v: bool, need_q_freqs: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """``anchor_attention::attention_backward``, not for float64."""
+    needed = {"q": need_q, "k": need_k, "v": need_v, "q_freqs": need_q_freqs}
+    grads = cuda_plans.attention_backward(
+        _NAMES[q.dtype], *map(_array, (q, k, v)), _entries(q_ranges, k_offsets, k_ranges),
+        *map(_array, (out, lse, _gradient(grad_out))),
+        grad_lse=None if grad_lse is None else _array(grad_lse.contiguous()), q_freqs=_array(q_freqs),
+        key_mask=_array(key_mask), scale=scale, allow_tf32=allow_tf32,
+        wanted=[name for name, is_needed in needed.items() if is_needed],
+    )  # fmt: skip
+    like = {"q": q, "k": k, "v": v, "q_freqs": q_freqs}
+    return tuple(
+        _tensor(grads[name], tensor) if name in grads and tensor is not None else q.new_empty(0)
+        for name, tensor in like.items()
+    )
+
+
+def rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+    """``anchor_attention::rope``, not for float64."""
+    return _tensor(cuda_plans.rope(_NAMES[x.dtype], *map(_array, (x, freqs))), x)
+
+
+def rope_backward(
+    grad_out: torch.Tensor, x: torch.Tensor | None, freqs: torch.Tensor, need_x: bool, need_freqs: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``anchor_attention::rope_backward``, not for float64."""
+    source = grad_out if x is None else x
+    if grad_out.numel() == 0:
+        grad_x, grad_freqs = torch.zeros_like(grad_out), torch.zeros_like(freqs)
+    else:
+        arrays = cuda_plans.rope_backward(_NAMES[grad_out.dtype], *map(_array, (source, freqs, _gradient(grad_out))))
+        grad_x, grad_freqs = _tensor(arrays[0], grad_out), torch.from_numpy(arrays[1])
+    return grad_x if need_x else grad_out.new_empty(0), grad_freqs if need_freqs else freqs.new_empty(0)
