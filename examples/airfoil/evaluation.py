@@ -13,10 +13,12 @@ import numpy as np
 import panel_flow
 import torch
 from dataset import Cases, Shapes
-from model import AirfoilModel
+from model import AirfoilModel, KVCache
 from numpy.typing import NDArray
 from torch import Tensor
 from training import relative_errors
+
+from anchor_attention import streaming
 
 SURFACE_ANCHORS = 80
 VOLUME_ANCHORS = 256
@@ -144,16 +146,17 @@ def stream(
         "volume": cases.points["volume"][:, :VOLUME_ANCHORS],
     }
     start = time.perf_counter()
-    caches = model.encode(cases.geometry, anchors, angle)
+    cache = streaming.Cache(model.encode(cases.geometry, anchors, angle))
     encoded = time.perf_counter()
-    pressure = model.decode({"surface": cases.geometry}, angle, caches)["surface"][0, :, 0]
+    pressure = model.decode({"surface": cases.geometry}, angle, cache.tree)["surface"][0, :, 0]
+
+    def decode(caches: list[KVCache], chunk: Tensor) -> Tensor:
+        return model.decode({"volume": chunk}, angle, caches)["volume"]
+
     velocity = torch.empty(len(points), 2)
     memory = _peak_memory()
-    begin = time.perf_counter()
-    for chunk, out in zip(points.split(chunk_size), velocity.split(chunk_size), strict=True):
-        out.copy_(model.decode({"volume": chunk[None]}, angle, caches)["volume"][0])
-    end = time.perf_counter()
-    return Streamed(pressure, velocity, encoded - start, end - begin, _peak_memory() - memory)
+    report = streaming.stream(decode, cache, points, velocity, chunk_size=chunk_size)
+    return Streamed(pressure, velocity, encoded - start, report.seconds, _peak_memory() - memory)
 
 
 def volume_anchors(shapes: Shapes, row: int) -> Tensor:
