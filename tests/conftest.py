@@ -12,7 +12,13 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 # The emulator executes what nvcc makes of the CUDA kernels: no compiler, nothing to execute.
-NEED_NVCC = ("test_cuda_kernels.py", "test_cuda_plans.py", "test_cuda_primitives.py", "test_emulator_kernels.py")
+NEED_NVCC = (
+    "test_cuda_library.py",
+    "test_cuda_kernels.py",
+    "test_cuda_plans.py",
+    "test_cuda_primitives.py",
+    "test_emulator_kernels.py",
+)
 HAS_NVCC = shutil.which("nvcc") is not None
 collect_ignore = [] if HAS_NVCC else list(NEED_NVCC)
 

@@ -108,7 +108,7 @@ class Module:
     @classmethod
     def from_library(cls, library: str | Path) -> list[Module]:
         """The PTX modules inside a shared library, extracted with `cuobjdump`."""
-        tool = _cuobjdump()
+        tool = cuobjdump()
         with tempfile.TemporaryDirectory() as directory:
             command = [tool, "--extract-ptx", "all", str(Path(library).resolve())]
             subprocess.run(command, cwd=directory, check=True, capture_output=True)
@@ -199,7 +199,7 @@ class KernelInfo:
         self.parameter_bytes = last.offset + last.size if last else 0
 
 
-def _cuobjdump() -> str:
+def cuobjdump() -> str:
     """$CUOBJDUMP, the one on the path, or the one of the package nvidia-cuda-cuobjdump."""
     packaged = (str(path) for path in sorted(Path(sysconfig.get_paths()["platlib"]).glob("nvidia/*/bin/cuobjdump")))
     tool = os.environ.get("CUOBJDUMP") or shutil.which("cuobjdump") or next(packaged, None)

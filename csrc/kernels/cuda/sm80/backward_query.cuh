@@ -86,15 +86,19 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
     ptx::cp_async_commit();
   };
 
-  const FirstRows rows{work.end - work.begin};
-  load_tile<P, kHeadDim, kRows, Traits::kThreads>(s_q, p.q, head_pointer<P>(p.q, work.batch, work.head), work.begin,
-                                                  p.head_dim, rows);
-  load_tile<P, kHeadDim, kRows, Traits::kThreads>(
-      s_grad_out, p.grad_out, head_pointer<P>(p.grad_out, work.batch, work.head), work.begin, p.head_dim, rows);
   RangeWalk<kColumns> walk(p.schedule, work.first_range, work.last_range, mask);
   StreamedTile tile{};
   bool exists = walk.next(tile);
-  if (exists) load_stage(tile, 0);
+  // Where no key is read, the gradient is written without waiting: nothing may still be reading the queries, which are
+  // in its place.
+  if (exists) {
+    const FirstRows rows{work.end - work.begin};
+    load_tile<P, kHeadDim, kRows, Traits::kThreads>(s_q, p.q, head_pointer<P>(p.q, work.batch, work.head), work.begin,
+                                                    p.head_dim, rows);
+    load_tile<P, kHeadDim, kRows, Traits::kThreads>(
+        s_grad_out, p.grad_out, head_pointer<P>(p.grad_out, work.batch, work.head), work.begin, p.head_dim, rows);
+    load_stage(tile, 0);
+  }
 
   float2 r_statistics[kRowBlocks][2];
 #pragma unroll
@@ -126,12 +130,12 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
       clear(r_scores);
       clear(r_probability_gradient);
       const uint32_t lane_b = step * kStride + lane_offset_b<kStride>();
-      multiply_rows<P, kHeadDim, kStride>(r_scores, s_q + warp_rows, stage_k + lane_b);
-      multiply_rows<P, kHeadDim, kStride>(r_probability_gradient, s_grad_out + warp_rows, stage_v + lane_b);
+      multiply_rows<P, kHeadDim, kStride>(r_scores, s_q + warp_rows, stage_k + lane_b, p.head_dim);
+      multiply_rows<P, kHeadDim, kStride>(r_probability_gradient, s_grad_out + warp_rows, stage_v + lane_b, p.head_dim);
       score_gradient(r_scores, r_probability_gradient, r_statistics, p.scale_log2);
       fill_masked(r_scores, valid >> step, 0.0f);
-      multiply_scores<P, kStride>(r_grad_q, r_scores,
-                                  stage_k + step * kStride + lane_offset_transposed_b<P, kStride>());
+      multiply_scores<P, kStride>(r_grad_q, r_scores, stage_k + step * kStride + lane_offset_transposed_b<P, kStride>(),
+                                  p.head_dim);
     }
   }
   store_grad_q<P, kHeadDim>(p, work, r_grad_q);

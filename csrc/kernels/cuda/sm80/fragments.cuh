@@ -128,13 +128,19 @@ inline constexpr int kUnrolledSteps = P::kPrecision == Precision::tf32x3 ? 1
                                       : kSteps > 8                       ? 2
                                                                          : kSteps;
 
+// The widest tiles serve head sizes down to half of theirs and pass over the channels that do not exist. The branches
+// also end the stretches over which the compiler schedules: without them it loads so far ahead that it spills.
+template <int kHeadDim>
+inline constexpr bool kServesManySizes = kHeadDim > 128;
+
 // acc += A · Bᵀ over `kHeadDim`: rows of A against rows of B.
 template <class P, int kHeadDim, int kStride, int kRowBlocks, int kColumnBlocks>
 __device__ inline void multiply_rows(Accumulators<kRowBlocks, kColumnBlocks>& acc, uint32_t a_address,
-                                     uint32_t b_address) {
+                                     uint32_t b_address, int32_t head_dim) {
   constexpr int kSteps = kHeadDim / kMmaK<P>;
 #pragma unroll(kUnrolledSteps<P, kSteps>)
   for (int k = 0; k < kSteps; ++k) {
+    if (kServesManySizes<kHeadDim> && k * kMmaK<P> >= head_dim) break;
     Fragment<P, 4> a[kRowBlocks];
 #pragma unroll
     for (int m = 0; m < kRowBlocks; ++m) load_a(a[m], a_address + m * 16 * kStride + k * 32);
@@ -154,7 +160,8 @@ __device__ inline void multiply_rows(Accumulators<kRowBlocks, kColumnBlocks>& ac
 // acc += scores · B: scores are accumulators of an earlier product, the rows of B its columns.
 template <class P, int kStride, int kRowBlocks, int kScoreBlocks, int kColumnBlocks>
 __device__ inline void multiply_scores(Accumulators<kRowBlocks, kColumnBlocks>& acc,
-                                       const Accumulators<kRowBlocks, kScoreBlocks>& scores, uint32_t b_address) {
+                                       const Accumulators<kRowBlocks, kScoreBlocks>& scores, uint32_t b_address,
+                                       int32_t head_dim) {
 #pragma unroll
   for (int k = 0; k < kScoreBlocks * 8 / kMmaK<P>; ++k) {
     Fragment<P, 4> a[kRowBlocks];
@@ -162,6 +169,7 @@ __device__ inline void multiply_scores(Accumulators<kRowBlocks, kColumnBlocks>& 
     for (int m = 0; m < kRowBlocks; ++m) accumulators_to_a(a[m], scores[m], k);
 #pragma unroll
     for (int n = 0; n < kColumnBlocks; n += 2) {
+      if (kServesManySizes<8 * kColumnBlocks> && n % 4 == 0 && 8 * n >= head_dim) break;
       Fragment<P, 2> b[2];
       load_transposed_b<P, kStride>(b, b_address + k * kMmaK<P> * kStride + n * 8 * kBytes<P>);
 #pragma unroll
