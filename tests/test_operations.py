@@ -106,6 +106,18 @@ def test_gradcheck_rope() -> None:
     assert torch.autograd.gradcheck(rope, (x, freqs))
 
 
+def test_factors_that_are_expanded_over_the_batch_get_gradients_of_their_own() -> None:
+    x, freqs = torch.randn(3, 9, 2, 8), unit_freqs(1, 9, 8)
+    for call in (
+        rope,
+        lambda x, freqs: anchor_attention(x, x, x, KeyRangeTable([0, 9], [0, 1], [0, 9]), q_freqs=freqs),
+    ):
+        expanded = freqs.expand(3, -1, -1).requires_grad_()
+        copied = expanded.detach().clone().requires_grad_()
+        grad, expected = (torch.autograd.grad((call(x, f) * x).sum(), f)[0] for f in (expanded, copied))
+        torch.testing.assert_close(grad, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_compilation_serves_every_token_count(backend: str) -> None:
     counter = CompileCounterWithBackend(backend)

@@ -58,6 +58,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     std::vector<int64_t> q_ranges, std::vector<int64_t> k_offsets, std::vector<int64_t> k_ranges,
     std::optional<Tensor> q_freqs, std::optional<Tensor> key_mask, std::optional<double> scale, bool allow_tf32,
     bool need_q, bool need_k, bool need_v, bool need_q_freqs) {
+  if (q_freqs) q_freqs = differentiable_freqs(*q_freqs, need_q_freqs);
   const CheckedAttention checked = check_attention(q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale);
   grad_out = readable_gradient(grad_out);
   if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);

@@ -101,6 +101,11 @@ Tensor readable_gradient(const Tensor& grad) {
   return torch::stable::contiguous(grad);
 }
 
+Tensor differentiable_freqs(const Tensor& freqs, bool needed) {
+  const bool expanded = needed && freqs.dim() == 3 && freqs.size(0) > 1 && freqs.stride(0) == 0;
+  return expanded ? torch::stable::contiguous(freqs) : freqs;
+}
+
 Strides strides_of(const Tensor& tensor) { return {tensor.stride(0), tensor.stride(1), tensor.stride(2)}; }
 
 FreqsStrides freqs_strides_of(const Tensor& freqs) {

@@ -47,6 +47,10 @@ void check_freqs(const char* name, const Tensor& freqs, const char* other_name, 
 // them in place.
 Tensor readable_gradient(const Tensor& grad);
 
+// Factors of a batch that was expanded from one: copied where they get gradients of their own, because to the kernels a
+// batch stride of 0 means one gradient, of factors that are shared.
+Tensor differentiable_freqs(const Tensor& freqs, bool needed);
+
 Strides strides_of(const Tensor& tensor);
 FreqsStrides freqs_strides_of(const Tensor& freqs);
 

@@ -34,6 +34,7 @@ template <typename Device>
 std::tuple<Tensor, Tensor> rope_backward(Tensor grad_out, std::optional<Tensor> x, Tensor freqs, bool need_x,
                                          bool need_freqs) {
   grad_out = readable_gradient(grad_out);
+  freqs = differentiable_freqs(freqs, need_freqs);
   RopeBackwardParams params = check_rope_backward(grad_out, x, freqs, need_freqs);
   auto gradients = new_rope_gradients(grad_out, freqs, need_x, need_freqs, params);
   if (grad_out.numel() > 0) Device::rope_backward(params, grad_out);
