@@ -9,6 +9,7 @@ from typing import Literal, overload
 
 import torch
 
+from . import ops
 from .key_range_table import KeyRangeTable
 from .reference import anchor_attention_reference, rope_reference
 
@@ -124,9 +125,9 @@ def anchor_attention(
     if k_freqs is not None:
         k = rope(k, k_freqs)
     allow_tf32 = q.dtype == torch.float32 and _tf32_is_allowed()
-    out, lse = torch.ops.anchor_attention.attention(
-        q, k, v, table.q_ranges, table.k_offsets, table.k_ranges, q_freqs, key_mask, scale, allow_tf32
-    )
+    # A tracer takes the operation into its graph.
+    call = torch.ops.anchor_attention.attention.default if torch.compiler.is_compiling() else ops.attention
+    out, lse = call(q, k, v, table.q_ranges, table.k_offsets, table.k_ranges, q_freqs, key_mask, scale, allow_tf32)
     return (out, lse) if return_lse else out
 
 
@@ -147,7 +148,8 @@ def rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     """
     if _backend == "reference":
         return rope_reference(x, freqs)
-    rotated: torch.Tensor = torch.ops.anchor_attention.rope(x, freqs)
+    call = torch.ops.anchor_attention.rope.default if torch.compiler.is_compiling() else ops.rope
+    rotated: torch.Tensor = call(x, freqs)
     return rotated
 
 
