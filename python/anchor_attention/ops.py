@@ -158,8 +158,8 @@ def _make_differentiable(
             return forward(*args)
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
-                f"torch.ops.anchor_attention.{name} can't be differentiated inside torch.func; "
-                "the functions of the package anchor_attention can"
+                f"torch.func can't differentiate torch.ops.anchor_attention.{name}: "
+                "call the function of the package anchor_attention, outside of torch.compile"
             )
         # The dispatcher leaves out trailing arguments that have their default.
         return function.apply(*args, *defaults[len(args) :])
