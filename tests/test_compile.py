@@ -199,14 +199,14 @@ def test_modes_are_accepted(mode: str) -> None:
 @pytest.mark.parametrize("fields", [{"qk_norm": True}, {"dropout": 1e-12}, {"bias": False}], ids=str)
 def test_options_of_modules_compile(fields: dict[str, Any]) -> None:
     module, x, token_specs = one_module_call(**fields)
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_equal_calls(compiled, module, (x,), token_specs)
 
 
 def test_legacy_rope_compiles() -> None:
     module, x, token_specs = one_module_call(use_rope=True)
     angles = tuple(torch.rand(1, 41, 4) for _ in range(3))
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     assert_equal_calls(compiled, module, (x,), token_specs, angles)
 
 

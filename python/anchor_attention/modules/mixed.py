@@ -186,8 +186,8 @@ def project_packed(qkv: nn.Module, x: Tensor, plan: AttentionPlan, num_heads: in
         q, k, v = qkv(x).view(batch, plan.n_tokens, 3, *heads).unbind(2)
         return q, read_tokens(k, plan), read_tokens(v, plan)
     rows = [dim, 2 * dim]
-    q_weight, kv_weight = torch.split(qkv.weight, rows)
-    q_bias, kv_bias = (None, None) if qkv.bias is None else torch.split(qkv.bias, rows)
+    q_weight, kv_weight = qkv.weight.split_with_sizes(rows)
+    q_bias, kv_bias = (None, None) if qkv.bias is None else qkv.bias.split_with_sizes(rows)
     q = nn.functional.linear(x, q_weight, q_bias).view(batch, plan.n_tokens, *heads)
     if not plan.read_slices:
         k = v = q[:, :0]

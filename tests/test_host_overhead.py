@@ -1,0 +1,47 @@
+"""What a call costs where there is nothing to compute, beside torch's own attention in the same rounds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks import host_overhead
+
+from anchor_attention.benchmark import ratios
+
+# About twice what a quiet machine shows. The lower quartile, so that neighbours on the machine can't fail it.
+BOUNDS = {
+    "operation forward": 4.0,
+    "functional forward": 3.5,
+    "functional forward, recorded": 7.0,
+    "functional forward + backward": 3.5,
+    "functional forward, rotated": 5.0,
+    "module forward": 4.0,
+    "module forward + backward": 5.0,
+}
+
+
+def test_calls_cost_little_beside_torch_own_attention() -> None:
+    microseconds = host_overhead.measure(rounds=25, calls=60)
+    quotients = {
+        name: ratios(microseconds[name], microseconds[peer]).lower for name, peer in host_overhead.PEERS.items()
+    }
+    assert quotients.keys() == BOUNDS.keys()
+    exceeded = {name: quotient for name, quotient in quotients.items() if quotient > BOUNDS[name]}
+    assert not exceeded
+
+
+def test_results_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    host_overhead.main(["--rounds", "2", "--calls", "2", "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "host_overhead.json").read_text())
+    assert all(len(values) == 2 for values in results["microseconds"].values())
+    assert (tmp_path / "host_overhead.md").read_text() == host_overhead.markdown(results)
+
+
+def test_the_committed_results_keep_the_budget() -> None:
+    folder = host_overhead.results_folder("AMD EPYC")
+    results = json.loads((folder / "host_overhead.json").read_text())
+    page = (folder / "host_overhead.md").read_text()
+    assert page == host_overhead.markdown(results)
+    assert f"{host_overhead.BUDGET_MICROSECONDS:.0f} µs, kept" in page
