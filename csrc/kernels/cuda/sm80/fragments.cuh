@@ -125,33 +125,40 @@ __device__ inline void fill_masked(Accumulators<kRowBlocks, kColumnBlocks>& acc,
 // How far to unroll over the contracted head_dim: operands loaded and split many steps ahead run out of registers.
 template <class P, int kSteps>
 inline constexpr int kUnrolledSteps = P::kPrecision == Precision::tf32x3 ? 1
-                                      : kSteps > 8                       ? 2
+                                      : kSteps > 8                       ? 4
                                                                          : kSteps;
 
-// The widest tiles serve head sizes down to half of theirs and pass over the channels that do not exist. The branches
-// also end the stretches over which the compiler schedules: without them it loads so far ahead that it spills.
+// The widest tiles serve head sizes down to half of theirs and pass over the channels that do not exist, so many at a
+// time. The branches also end the stretches over which the compiler schedules: without them it loads so far ahead that
+// three products spill.
 template <int kHeadDim>
 inline constexpr bool kServesManySizes = kHeadDim > 128;
+template <class P>
+inline constexpr int kChannelsPassedOver = P::kPrecision == Precision::tf32x3 ? 32 : 64;
 
 // acc += A · Bᵀ over `kHeadDim`: rows of A against rows of B.
 template <class P, int kHeadDim, int kStride, int kRowBlocks, int kColumnBlocks>
 __device__ inline void multiply_rows(Accumulators<kRowBlocks, kColumnBlocks>& acc, uint32_t a_address,
                                      uint32_t b_address, int32_t head_dim) {
   constexpr int kSteps = kHeadDim / kMmaK<P>;
-#pragma unroll(kUnrolledSteps<P, kSteps>)
-  for (int k = 0; k < kSteps; ++k) {
-    if (kServesManySizes<kHeadDim> && k * kMmaK<P> >= head_dim) break;
-    Fragment<P, 4> a[kRowBlocks];
+  constexpr int kUnrolled = kUnrolledSteps<P, kSteps>;
+#pragma unroll 1
+  for (int first = 0; first < kSteps; first += kUnrolled) {
+    if (kServesManySizes<kHeadDim> && first * kMmaK<P> >= head_dim) break;
 #pragma unroll
-    for (int m = 0; m < kRowBlocks; ++m) load_a(a[m], a_address + m * 16 * kStride + k * 32);
+    for (int k = first; k < first + kUnrolled; ++k) {
+      Fragment<P, 4> a[kRowBlocks];
 #pragma unroll
-    for (int n = 0; n < kColumnBlocks; n += 2) {
-      Fragment<P, 2> b[2];
-      load_b(b, b_address + n * 8 * kStride + k * 32);
+      for (int m = 0; m < kRowBlocks; ++m) load_a(a[m], a_address + m * 16 * kStride + k * 32);
 #pragma unroll
-      for (int m = 0; m < kRowBlocks; ++m) {
-        mma(acc[m][n], a[m], b[0]);
-        mma(acc[m][n + 1], a[m], b[1]);
+      for (int n = 0; n < kColumnBlocks; n += 2) {
+        Fragment<P, 2> b[2];
+        load_b(b, b_address + n * 8 * kStride + k * 32);
+#pragma unroll
+        for (int m = 0; m < kRowBlocks; ++m) {
+          mma(acc[m][n], a[m], b[0]);
+          mma(acc[m][n + 1], a[m], b[1]);
+        }
       }
     }
   }
@@ -169,7 +176,7 @@ __device__ inline void multiply_scores(Accumulators<kRowBlocks, kColumnBlocks>& 
     for (int m = 0; m < kRowBlocks; ++m) accumulators_to_a(a[m], scores[m], k);
 #pragma unroll
     for (int n = 0; n < kColumnBlocks; n += 2) {
-      if (kServesManySizes<8 * kColumnBlocks> && n % 4 == 0 && 8 * n >= head_dim) break;
+      if (kServesManySizes<8 * kColumnBlocks> && 8 * n % kChannelsPassedOver<P> == 0 && 8 * n >= head_dim) break;
       Fragment<P, 2> b[2];
       load_transposed_b<P, kStride>(b, b_address + k * kMmaK<P> * kStride + n * 8 * kBytes<P>);
 #pragma unroll
