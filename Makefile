@@ -1,6 +1,7 @@
 # make demo   trains a small anchored-branch transformer on airfoil flow and shows what it learnt
 # make test   every test
 # make bench  the CPU benchmarks, into benchmarks/results
+# make docs   the documentation site, into build/docs
 # make gpu    everything that needs a GPU: tests, sanitizers, benchmarks (DRY_RUN=1: the same stages on the CPU)
 # Both set up all that they need: an environment where torch is importable is used, otherwise .venv is made.
 
@@ -21,7 +22,7 @@ BIN = $(shell dirname "$$(command -v $(PYTHON))")
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench gpu test-sanitizers lint typecheck format clean help
+.PHONY: demo test bench docs gpu test-sanitizers lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -53,11 +54,15 @@ build/.%-packages: build/.tools pyproject.toml
 demo: build/.runnable build/.examples-packages
 	$(PYTHON) examples/airfoil/run.py
 
-test: build/.complete build/.test-packages build/.examples-packages
+test: build/.complete build/.test-packages build/.examples-packages build/.docs-packages
 	$(PYTHON) -m pytest -q $(PYTEST_ARGS)
 
 bench: build/.runnable build/.bench-packages
 	$(PYTHON) -m benchmarks.run_cpu $(BENCH_ARGS)
+
+docs: build/.runnable build/.docs-packages
+	$(PYTHON) -m sphinx -W --keep-going -q docs build/docs
+	@echo "build/docs/index.html"
 
 gpu: build/.complete build/.test-packages build/.bench-packages
 	$(PYTHON) -m benchmarks.gpu $(if $(DRY_RUN),--device cpu --quick) $(GPU_ARGS)

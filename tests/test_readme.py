@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from .test_docs import python_blocks, run_examples
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 def test_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(blocks) >= 5
-    namespace: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+    assert len(python_blocks(README)) >= 5
+    run_examples(ROOT / "README.md")
     assert "█" in capsys.readouterr().out
 
 
