@@ -13,6 +13,7 @@ from anchor_attention import cpu_instruction_sets
 
 ROOT = Path(__file__).parents[1]
 SETS = cpu_instruction_sets()
+CASES = ("tests/test_attention.py", "tests/test_cpu_attention.py")
 
 
 def test_sets_are_listed() -> None:
@@ -25,7 +26,7 @@ def test_sets_are_listed() -> None:
 @pytest.mark.parametrize("name", SETS.runnable[1:])
 def test_operation(name: str) -> None:
     """The default set is what the other tests run on."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_attention.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *CASES]
     environment = os.environ | {"ANCHOR_ATTENTION_CPU_ISA": name, "HYPOTHESIS_PROFILE": "brief"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -52,6 +52,9 @@ def test_instruction_sets_share_no_code() -> None:
         isa = re.search(r"cpu_(\w+)\.dir", str(path)).group(1)
         for line in symbols.stdout.splitlines():
             _, kind, name = line.split(maxsplit=2)
+            # A pointer to the run-time library's handler of exceptions is the same for all.
+            if name == "DW.ref.__gxx_personality_v0":
+                continue
             if kind in "WVuB" and "anchor_attention::cpu::" + isa not in name:
                 raise AssertionError(f"{path.name} of {isa} defines {name}, which another set may define, too")
 

@@ -25,14 +25,17 @@ std::tuple<std::string, std::string, std::string> cpu_instruction_sets() {
     for (const std::string& name : names) joined += (joined.empty() ? "" : ",") + name;
     return joined;
   };
-  return {cpu::selected_kernels().name, join(cpu::runnable_instruction_sets()), join(cpu::compiled_instruction_sets())};
+  return {cpu::selected_instruction_set(), join(cpu::runnable_instruction_sets()),
+          join(cpu::compiled_instruction_sets())};
 }
 
-// The CPU has no TF32: float32 is float32.
-void Cpu::attention(const AttentionParams& params, const Tensor&, bool) { cpu::attention(params, torch_executor()); }
+// What allows TF32 on a GPU allows products of bfloat16 parts here: they are more exact.
+void Cpu::attention(const AttentionParams& params, const Tensor&, bool allow_tf32) {
+  cpu::attention(params, torch_executor(), allow_tf32);
+}
 
-void Cpu::attention_backward(const AttentionBackwardParams& params, const Tensor&, bool) {
-  cpu::attention_backward(params, torch_executor());
+void Cpu::attention_backward(const AttentionBackwardParams& params, const Tensor&, bool allow_tf32) {
+  cpu::attention_backward(params, torch_executor(), allow_tf32);
 }
 
 void Cpu::rope(const RopeParams& params, const Tensor&) { cpu::rope(params, torch_executor()); }

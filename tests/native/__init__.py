@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +17,10 @@ import pybind11
 
 ROOT = Path(__file__).parents[2]
 SOURCES = (Path(__file__).with_name("bindings.cpp"), ROOT / "csrc" / "key_ranges.cpp")
-HEADERS = tuple(ROOT / "csrc" / name for name in ("key_ranges.h", "params.h", "kernels/cpu/simd.h"))
+HEADERS = (
+    *(ROOT / "csrc" / name for name in ("key_ranges.h", "params.h", "kernels/cpu/simd.h", "kernels/cpu/tile_config.h")),
+    Path(__file__).with_name("tile_model.h"),
+)
 
 
 def load() -> ModuleType:
@@ -38,3 +44,19 @@ def load() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def build_library_with_amx_model() -> Path:
+    """The library with the kernels for AMX on a model of its registers, as instruction set "amx_model"."""
+    folder = ROOT / "build" / "amx_model"
+    folder.mkdir(parents=True, exist_ok=True)
+    cmake = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert cmake is not None, "the tests build with cmake: pip install cmake"
+    options = ["-DANCHOR_ATTENTION_CUDA=OFF", "-DANCHOR_ATTENTION_CPU_SETS=amx_model;baseline"]
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython3_EXECUTABLE={sys.executable}", *options]
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (configure, [cmake, "--build", str(folder), "--parallel", "2"]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return folder / "libanchor_attention.so"

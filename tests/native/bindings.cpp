@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -12,6 +14,7 @@
 
 #define ANCHOR_ATTENTION_ISA tested
 #include "kernels/cpu/simd.h"
+#include "tile_model.h"
 
 namespace py = pybind11;
 using namespace anchor_attention;
@@ -59,6 +62,31 @@ PYBIND11_MODULE(anchor_attention_native, m) {
                                      : cpu::tested::narrow<cpu::tested::Float16>(x.data()[i]).bits;
     }
     return out;
+  });
+  // C + A · B on tiles 0, 1, 2 of the given shapes, loaded from and stored to arrays of 16 × 64 bytes; `operands` are
+  // the numbers of the tiles that the product names.
+  m.def("tile_multiply_add",
+        [](const std::array<int, 3>& rows, const std::array<int, 3>& row_bytes, const std::array<int, 3>& operands,
+           py::array_t<float> c, py::array_t<uint16_t> a, py::array_t<uint16_t> b) {
+          cpu::TileConfig config;
+          for (int tile = 0; tile < 3; ++tile) {
+            config.rows[tile] = static_cast<uint8_t>(rows[tile]);
+            config.row_bytes[tile] = static_cast<uint16_t>(row_bytes[tile]);
+          }
+          tile_model::configure(config);
+          tile_model::load(0, c.data(), 64);
+          tile_model::load(1, a.data(), 64);
+          tile_model::load(2, b.data(), 64);
+          tile_model::multiply_add(operands[0], operands[1], operands[2]);
+          py::array_t<float> out({16, 16});
+          std::fill_n(out.mutable_data(), out.size(), 0.0f);
+          tile_model::store(0, out.mutable_data(), 64);
+          tile_model::release();
+          return out;
+        });
+  m.def("use_unconfigured_tile", [] {
+    tile_model::release();
+    tile_model::zero(0);
   });
   m.def("compact_keys", [](const Numbers& q_ranges, const Numbers& k_offsets, const Numbers& k_ranges, int64_t n_keys,
                            std::optional<py::array_t<bool>> mask, int64_t alignment) {

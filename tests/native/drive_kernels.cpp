@@ -107,7 +107,8 @@ void drive(ScalarType dtype) {
   p.dtype = dtype;
   p.table = table.view();
   const cpu::Executor executor = thread_executor(random_between(1, 4));
-  cpu::attention(p, executor);
+  const bool split = random_between(0, 1);
+  cpu::attention(p, executor, split);
   for (int64_t i = 0; i < batch * heads * n_queries; ++i) {
     const double value = wide ? reinterpret_cast<double*>(lse.data())[i] : reinterpret_cast<float*>(lse.data())[i];
     if (std::isnan(value) || value == INFINITY) fail("lse is no number");
@@ -125,7 +126,7 @@ void drive(ScalarType dtype) {
     b.grad_k = grads[1].data();
     b.grad_v = grads[2].data();
     b.grad_q_freqs = p.q_freqs ? grads[3].data() : nullptr;
-    cpu::attention_backward(b, executor);
+    cpu::attention_backward(b, executor, split);
     for (int i = 0; i < 4; ++i) {
       if (repeat == 1 && grads[i] != first[i]) fail("gradients differ between two runs");
       first[i] = grads[i];

@@ -63,9 +63,8 @@ int64_t keys_of_group(const KeyRangeTableView& table, int32_t group) {
 // One call: which rows are packed where, and the tiles of queries.
 class Schedule {
  public:
-  Schedule(const AttentionParams& p, const Kernels& kernels)
+  Schedule(const AttentionParams& p, const ProductKernels& kernels)
       : p_(p),
-        kernels_(kernels),
         alignment_(kernels.key_alignment(p.dtype)),
         packed_row_bytes_(kernels.packed_row_bytes(p.head_dim, p.dtype)),
         sum_row_bytes_(kernels.sum_row_bytes(p.head_dim, p.dtype)) {
@@ -86,6 +85,7 @@ class Schedule {
   // Whether the two layouts of packed rows differ.
   bool has_stacks() const { return alignment_ > 1; }
   int64_t packed_bytes() const { return n_rows_ * packed_row_bytes_; }
+  int64_t sum_row_bytes() const { return sum_row_bytes_; }
   int64_t sum_bytes() const { return n_rows_ * sum_row_bytes_; }
   int64_t packed_offset(int64_t batch, int64_t head, int64_t row = 0) const {
     return (first_row(batch, head) + row) * packed_row_bytes_;
@@ -99,10 +99,10 @@ class Schedule {
 
   // Tiles of one head lie together, so that its keys and values stay in the cache. `with_gaps` adds the rows that
   // read no key.
-  std::vector<Tile> tiles(bool with_gaps) const {
+  std::vector<Tile> tiles(int64_t tile_queries, bool with_gaps) const {
     std::vector<Tile> tiles;
     for (int64_t b = 0; b < p_.batch; ++b) {
-      for (int64_t h = 0; h < p_.heads; ++h) append_tiles(b, h, with_gaps, tiles);
+      for (int64_t h = 0; h < p_.heads; ++h) append_tiles(b, h, tile_queries, with_gaps, tiles);
     }
     return tiles;
   }
@@ -110,9 +110,8 @@ class Schedule {
  private:
   int64_t first_row(int64_t batch, int64_t head) const { return first_rows_[batch] + head * keys(batch).n_rows(); }
 
-  void append_tiles(int64_t batch, int64_t head, bool with_gaps, std::vector<Tile>& tiles) const {
+  void append_tiles(int64_t batch, int64_t head, int64_t tile_queries, bool with_gaps, std::vector<Tile>& tiles) const {
     const KeyRangeTableView table = keys(batch).keys.table.view();
-    const int64_t tile_queries = kernels_.tile_queries[p_.dtype == ScalarType::float64 ? 1 : 0];
     const auto append = [&](int32_t group, int64_t begin, int64_t end, int64_t step, int64_t n_keys) {
       for (int64_t q = begin; q < end; q += step) {
         tiles.push_back({static_cast<int32_t>(batch), static_cast<int32_t>(head), group,
@@ -129,7 +128,6 @@ class Schedule {
   }
 
   const AttentionParams& p_;
-  const Kernels& kernels_;
   int64_t alignment_;
   int64_t packed_row_bytes_;
   int64_t sum_row_bytes_;
@@ -185,7 +183,7 @@ struct PackedTensor {
   char* packed;
 };
 
-void pack(const AttentionParams& p, const Schedule& schedule, const Kernels& kernels, const Executor& executor,
+void pack(const AttentionParams& p, const Schedule& schedule, const ProductKernels& kernels, const Executor& executor,
           int64_t threads, std::initializer_list<PackedTensor> tensors) {
   const std::vector<RowTask> tasks = row_tasks(p, [&](int64_t batch) { return schedule.keys(batch).n_rows(); });
   for_each_task(executor, threads, static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {
@@ -271,23 +269,23 @@ void unpack(const AttentionParams& p, const Schedule& schedule, const Kernels& k
     const RowTask& task = tasks[i];
     char* first = const_cast<char*>(head_start(target, strides, task.batch, task.head, p.dtype));
     const int64_t size = storage_size(p.dtype);
-    kernels.unpack_rows({rows + schedule.sum_offset(task.batch, task.head), packed_row[task.batch].data() + task.begin,
-                         task.end - task.begin, p.head_dim, scale, p.dtype, first + task.begin * strides.token * size,
-                         strides.token});
+    kernels.unpack_rows({rows + schedule.sum_offset(task.batch, task.head), schedule.sum_row_bytes(),
+                         packed_row[task.batch].data() + task.begin, task.end - task.begin, p.head_dim, scale, p.dtype,
+                         first + task.begin * strides.token * size, strides.token});
   });
 }
 
 }  // namespace
 
-void attention(const AttentionParams& p, const Executor& executor) {
-  const Kernels& kernels = selected_kernels();
+void attention(const AttentionParams& p, const Executor& executor, bool allow_split_float32) {
+  const ProductKernels& kernels = selected_products(p.dtype, allow_split_float32);
   const Schedule schedule(p, kernels);
   const int64_t threads = schedule.threads(executor, 4);
   const Buffer k_rows = allocate(schedule.packed_bytes());
   const Buffer v_stack = allocate(schedule.packed_bytes());
   const int64_t scratch_bytes = kernels.forward_scratch_bytes(p.head_dim, p.dtype);
   const Buffer scratch = allocate(threads * scratch_bytes);
-  const std::vector<Tile> tiles = schedule.tiles(/*with_gaps=*/true);
+  const std::vector<Tile> tiles = schedule.tiles(kernels.forward_tile_queries(p.dtype), /*with_gaps=*/true);
 
   pack(p, schedule, kernels, executor, threads,
        {{p.k, p.k_strides, PackedLayout::rows, k_rows.get()}, {p.v, p.v_strides, PackedLayout::stack, v_stack.get()}});
@@ -308,9 +306,10 @@ void attention(const AttentionParams& p, const Executor& executor) {
 
 // Every thread owns a run of query tiles. The keys are cut into as many slices as there are threads, and in phase s
 // thread t meets slice t + s: no two threads ever add to the same row, and every row's sums are formed in one order.
-void attention_backward(const AttentionBackwardParams& params, const Executor& executor) {
+void attention_backward(const AttentionBackwardParams& params, const Executor& executor, bool allow_split_float32) {
   const AttentionParams& p = params.forward;
-  const Kernels& kernels = selected_kernels();
+  const Kernels& vector_kernels = selected_kernels();
+  const ProductKernels& kernels = selected_products(p.dtype, allow_split_float32);
   const Schedule schedule(p, kernels);
   const int64_t threads = schedule.threads(executor, 10);
   const bool wants_grad_q = params.grad_q != nullptr || params.grad_q_freqs != nullptr;
@@ -329,7 +328,7 @@ void attention_backward(const AttentionBackwardParams& params, const Executor& e
   const Buffer scratch = allocate(threads * scratch_bytes);
   char* const grad_q = !wants_grad_q ? nullptr : sums_in_place ? static_cast<char*>(params.grad_q) : grad_q_sums.get();
 
-  const std::vector<Tile> tiles = schedule.tiles(/*with_gaps=*/false);
+  const std::vector<Tile> tiles = schedule.tiles(kernels.backward_tile_queries(p.dtype), /*with_gaps=*/false);
   const std::vector<int64_t> tile_bounds = split_tiles(tiles, threads);
   std::vector<std::vector<int32_t>> key_bounds;
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -369,15 +368,16 @@ void attention_backward(const AttentionBackwardParams& params, const Executor& e
   }
 
   if (params.grad_k != nullptr) {
-    unpack(p, schedule, kernels, executor, threads, grad_k_rows.get(), p.scale, params.grad_k);
+    unpack(p, schedule, vector_kernels, executor, threads, grad_k_rows.get(), p.scale, params.grad_k);
   }
   if (params.grad_v != nullptr) {
-    unpack(p, schedule, kernels, executor, threads, grad_v_rows.get(), 1.0, params.grad_v);
+    unpack(p, schedule, vector_kernels, executor, threads, grad_v_rows.get(), 1.0, params.grad_v);
   }
   if (wants_grad_q) {
     const int64_t n_tasks = (p.n_queries + kRowsPerPackTask - 1) / kRowsPerPackTask;
     for_each_task(executor, threads, n_tasks, [&](int64_t i, int64_t) {
-      kernels.finish_grad_q({&params, grad_q, i * kRowsPerPackTask, std::min((i + 1) * kRowsPerPackTask, p.n_queries)});
+      vector_kernels.finish_grad_q(
+          {&params, grad_q, i * kRowsPerPackTask, std::min((i + 1) * kRowsPerPackTask, p.n_queries)});
     });
   }
 }

@@ -14,8 +14,9 @@ struct Executor {
   std::function<void(int64_t n, const std::function<void(int64_t)>& task)> run;
 };
 
-void attention(const AttentionParams& params, const Executor& executor);
-void attention_backward(const AttentionBackwardParams& params, const Executor& executor);
+// `allow_split_float32`: products of float32 may be formed from those of bfloat16 parts, where that is faster.
+void attention(const AttentionParams& params, const Executor& executor, bool allow_split_float32);
+void attention_backward(const AttentionBackwardParams& params, const Executor& executor, bool allow_split_float32);
 void rope(const RopeParams& params, const Executor& executor);
 void rope_backward(const RopeBackwardParams& params, const Executor& executor);
 

@@ -125,31 +125,6 @@ struct StoreGradScores {
   }
 };
 
-template <typename Storage, typename T = Working<Storage>>
-ANCHOR_ATTENTION_INLINE void load_statistics(const BackwardTile& tile, int64_t padded,
-                                             const BackwardScratch<typename OperandOf<Storage>::Type>& s) {
-  const AttentionBackwardParams& p = *tile.params;
-  const AttentionParams& f = p.forward;
-  const int64_t out_stride = f.heads * f.head_dim;
-  const int64_t first_row = (tile.batch * f.heads + tile.head) * f.n_queries + tile.q_begin;
-  const T* lse = static_cast<const T*>(f.lse) + first_row;
-  const T* grad_lse = p.grad_lse == nullptr ? nullptr : static_cast<const T*>(p.grad_lse) + first_row;
-  const Storage* out = static_cast<const Storage*>(f.out) + (tile.batch * f.n_queries + tile.q_begin) * out_stride +
-                       tile.head * f.head_dim;
-  for (int64_t i = 0; i < kTileQueries<T>; ++i) {
-    s.lse[i] = kInfinity<T>;
-    s.delta[i] = 0;
-    if (i >= tile.n_queries) continue;
-    T* grad_out_row = s.grad_out_rows + i * padded;
-    widen_row(row_of<Storage>(p.grad_out, p.grad_out_strides, tile.batch, tile.q_begin + i, tile.head), f.head_dim,
-              padded, grad_out_row);
-    T delta = 0;
-    for (int64_t d = 0; d < f.head_dim; ++d) delta += grad_out_row[d] * widen(out[i * out_stride + d]);
-    s.delta[i] = delta - (grad_lse == nullptr ? T(0) : grad_lse[i]);
-    if (lse[i] != -kInfinity<T>) s.lse[i] = static_cast<T>(lse[i] * kLog2E);
-  }
-}
-
 template <typename T>
 ANCHOR_ATTENTION_INLINE void add_grad_q(const BackwardTile& tile, int64_t padded, const T* rows) {
   const AttentionParams& f = tile.params->forward;
@@ -171,7 +146,7 @@ void backward_tile_of(const BackwardTile& tile) {
   const bool needs_grad_scores = tile.grad_q != nullptr || tile.grad_k_rows != nullptr;
 
   load_queries<Storage>(f, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.q_rows);
-  load_statistics<Storage>(tile, padded, s);
+  load_statistics<Storage>(tile, kTileQueries<T>, padded, s.grad_out_rows, s.lse, s.delta);
   to_panel(s.q_rows, tile.n_queries, padded, f.head_dim, s.q_panel);
   to_panel(s.grad_out_rows, tile.n_queries, padded, f.head_dim, s.grad_out_panel);
   if constexpr (kDepth<Operand> > 1) {

@@ -8,9 +8,12 @@
 
 namespace anchor_attention::cpu {
 
-// The best set that this processor runs, or the one that `ANCHOR_ATTENTION_CPU_ISA` names.
-// Throws std::invalid_argument if it names none that runs here.
+// The steps of the best set that this processor runs, or of the one that `ANCHOR_ATTENTION_CPU_ISA` names: those that
+// the set's vectors do, and those that its matrix unit may do instead.
+// Throw std::invalid_argument if the variable names no set that runs here.
 const Kernels& selected_kernels();
+const ProductKernels& selected_products(ScalarType dtype, bool allow_split_float32);
+const char* selected_instruction_set();
 
 // Names, best first; the last one runs everywhere.
 std::vector<std::string> compiled_instruction_sets();

@@ -1,12 +1,16 @@
 // The table of this instruction set's steps.
 #include "kernels/cpu/kernels.h"
-#include "kernels/cpu/rows.h"
+
+#ifndef ANCHOR_ATTENTION_ISA
+#error "compile with -DANCHOR_ATTENTION_ISA=<name of the instruction set>"
+#endif
 
 #define ANCHOR_ATTENTION_STRING(name) #name
 #define ANCHOR_ATTENTION_NAME(name) ANCHOR_ATTENTION_STRING(name)
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 
+int64_t tile_queries(ScalarType dtype);
 int64_t key_alignment(ScalarType dtype);
 int64_t packed_row_bytes(int64_t head_dim, ScalarType dtype);
 int64_t sum_row_bytes(int64_t head_dim, ScalarType dtype);
@@ -22,16 +26,20 @@ void rope_backward(const RopeBackwardTokens&);
 
 extern const Kernels kKernels{
     .name = ANCHOR_ATTENTION_NAME(ANCHOR_ATTENTION_ISA),
-    .tile_queries = {kTileQueries<float>, kTileQueries<double>},
-    .key_alignment = key_alignment,
-    .packed_row_bytes = packed_row_bytes,
-    .sum_row_bytes = sum_row_bytes,
-    .forward_scratch_bytes = forward_scratch_bytes,
-    .backward_scratch_bytes = backward_scratch_bytes,
-    .pack_rows = pack_rows,
+    .products =
+        {
+            .forward_tile_queries = tile_queries,
+            .backward_tile_queries = tile_queries,
+            .key_alignment = key_alignment,
+            .packed_row_bytes = packed_row_bytes,
+            .sum_row_bytes = sum_row_bytes,
+            .forward_scratch_bytes = forward_scratch_bytes,
+            .backward_scratch_bytes = backward_scratch_bytes,
+            .pack_rows = pack_rows,
+            .forward_tile = forward_tile,
+            .backward_tile = backward_tile,
+        },
     .unpack_rows = unpack_rows,
-    .forward_tile = forward_tile,
-    .backward_tile = backward_tile,
     .finish_grad_q = finish_grad_q,
     .rope = rope,
     .rope_backward = rope_backward,

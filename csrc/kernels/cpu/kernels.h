@@ -10,8 +10,9 @@ namespace anchor_attention::cpu {
 
 // The "working type" of a call is float, or double for float64: sums and softmax are formed in it. The products take
 // "operands": elements of the working type or, where the processor multiplies them itself, pairs of bfloat16 along the
-// summed axis. So keys and values, of which some products sum along the row and others over the rows, can be packed in
-// two layouts, which are the same unless operands are pairs. Rows are padded with zeros to whole vectors.
+// summed axis, or on a matrix unit runs of 32. So keys and values, of which some products sum along the row and others
+// over the rows, can be packed in two layouts, which are the same where an operand is one element. Rows are padded with
+// zeros to whole vectors.
 enum class PackedLayout {
   rows,   // operands along the row
   stack,  // operands of the same column in consecutive rows
@@ -30,7 +31,8 @@ struct PackRows {
 };
 
 struct UnpackRows {
-  const void* packed;      // [·] · sum_row_bytes, working type, times `scale`
+  const void* packed;  // [·] · packed_row_bytes, working type, times `scale`
+  int64_t packed_row_bytes;
   const int32_t* indices;  // [n_tokens], packed row of each token, below 0: the token's row is zero
   int64_t n_tokens;
   int64_t head_dim;
@@ -95,21 +97,36 @@ struct RopeBackwardTokens {
   int64_t token_end;
 };
 
-struct Kernels {
-  const char* name;
-  int64_t tile_queries[2];                     // by working type: float, double
-  int64_t (*key_alignment)(ScalarType dtype);  // 2 where operands are pairs, else 1
+// The steps whose operands are laid out to their own taste.
+struct ProductKernels {
+  int64_t (*forward_tile_queries)(ScalarType dtype);
+  int64_t (*backward_tile_queries)(ScalarType dtype);
+  int64_t (*key_alignment)(ScalarType dtype);  // elements of the summed axis in one operand
   int64_t (*packed_row_bytes)(int64_t head_dim, ScalarType dtype);
   int64_t (*sum_row_bytes)(int64_t head_dim, ScalarType dtype);
   int64_t (*forward_scratch_bytes)(int64_t head_dim, ScalarType dtype);
   int64_t (*backward_scratch_bytes)(int64_t head_dim, ScalarType dtype);
   void (*pack_rows)(const PackRows&);
-  void (*unpack_rows)(const UnpackRows&);
   void (*forward_tile)(const ForwardTile&);
   void (*backward_tile)(const BackwardTile&);
+};
+
+// The steps of a set of vector instructions, for every type.
+struct Kernels {
+  const char* name;
+  ProductKernels products;
+  void (*unpack_rows)(const UnpackRows&);
   void (*finish_grad_q)(const FinishGradQ&);
   void (*rope)(const RopeTokens&);
   void (*rope_backward)(const RopeBackwardTokens&);
+};
+
+// The products of a set with a matrix unit, which stands beside a set of vectors.
+struct TileKernels {
+  const char* name;
+  bool needs_amx;  // false for a model in software, which runs everywhere
+  ProductKernels bfloat16;
+  ProductKernels split_float32;  // products of float32 from those of bfloat16 parts
 };
 
 inline int64_t working_size(ScalarType dtype) { return dtype == ScalarType::float64 ? 8 : 4; }

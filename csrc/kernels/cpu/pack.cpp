@@ -41,7 +41,7 @@ void pack_rows_of(const PackRows& p) {
 
 template <typename Storage, typename T = Working<Storage>>
 void unpack_rows_of(const UnpackRows& p) {
-  const int64_t padded = round_up_to_lanes<T>(p.head_dim);
+  const int64_t row_length = p.packed_row_bytes / static_cast<int64_t>(sizeof(T));
   const T scale = static_cast<T>(p.scale);
   for (int64_t j = 0; j < p.n_tokens; ++j) {
     Storage* target = static_cast<Storage*>(p.target) + j * p.target_stride;
@@ -49,7 +49,7 @@ void unpack_rows_of(const UnpackRows& p) {
       std::memset(target, 0, p.head_dim * sizeof(Storage));
       continue;
     }
-    const T* row = static_cast<const T*>(p.packed) + p.indices[j] * padded;
+    const T* row = static_cast<const T*>(p.packed) + p.indices[j] * row_length;
     for (int64_t d = 0; d < p.head_dim; ++d) target[d] = narrow<Storage>(row[d] * scale);
   }
 }
@@ -94,6 +94,10 @@ void finish_grad_q_of(const FinishGradQ& task) {
 }
 
 }  // namespace
+
+int64_t tile_queries(ScalarType dtype) {
+  return dtype == ScalarType::float64 ? kTileQueries<double> : kTileQueries<float>;
+}
 
 int64_t key_alignment(ScalarType dtype) {
   return dispatch(dtype, [](auto storage) -> int64_t { return kDepth<typename OperandOf<decltype(storage)>::Type>; });

@@ -1,6 +1,7 @@
 // Rows of one head between memory, in the type of the tensor, and scratch, in the working type.
 #pragma once
 
+#include "kernels/cpu/kernels.h"
 #include "kernels/cpu/simd.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
@@ -95,6 +96,34 @@ ANCHOR_ATTENTION_INLINE void load_queries(const AttentionParams& p, int64_t batc
     if (p.q_freqs != nullptr) {
       rotate_row<Storage>(row, freqs_of<T>(p.q_freqs, p.q_freqs_strides, batch, q_begin + i), p.head_dim, row);
     }
+  }
+}
+
+// What the backward needs of a tile besides its queries: dO as rows, and for each of `columns` queries lse in units of
+// log 2 and delta = Σ_d dO · O − grad_lse. An lse of +inf makes a row's probabilities 0.
+template <typename Storage, typename T = Working<Storage>>
+ANCHOR_ATTENTION_INLINE void load_statistics(const BackwardTile& tile, int64_t columns, int64_t padded,
+                                             T* grad_out_rows, T* tile_lse, T* tile_delta) {
+  constexpr double kLog2E = 1.4426950408889634;
+  const AttentionBackwardParams& p = *tile.params;
+  const AttentionParams& f = p.forward;
+  const int64_t out_stride = f.heads * f.head_dim;
+  const int64_t first_row = (tile.batch * f.heads + tile.head) * f.n_queries + tile.q_begin;
+  const T* lse = static_cast<const T*>(f.lse) + first_row;
+  const T* grad_lse = p.grad_lse == nullptr ? nullptr : static_cast<const T*>(p.grad_lse) + first_row;
+  const Storage* out = static_cast<const Storage*>(f.out) + (tile.batch * f.n_queries + tile.q_begin) * out_stride +
+                       tile.head * f.head_dim;
+  for (int64_t i = 0; i < columns; ++i) {
+    tile_lse[i] = kInfinity<T>;
+    tile_delta[i] = 0;
+    if (i >= tile.n_queries) continue;
+    T* grad_out_row = grad_out_rows + i * padded;
+    widen_row(row_of<Storage>(p.grad_out, p.grad_out_strides, tile.batch, tile.q_begin + i, tile.head), f.head_dim,
+              padded, grad_out_row);
+    T delta = 0;
+    for (int64_t d = 0; d < f.head_dim; ++d) delta += grad_out_row[d] * widen(out[i * out_stride + d]);
+    tile_delta[i] = delta - (grad_lse == nullptr ? T(0) : grad_lse[i]);
+    if (lse[i] != -kInfinity<T>) tile_lse[i] = static_cast<T>(lse[i] * kLog2E);
   }
 }
 

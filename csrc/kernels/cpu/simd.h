@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -80,6 +80,22 @@ ANCHOR_ATTENTION_INLINE V maximum(V a, V b) {
 }
 
 // 2^x for x ≤ 127, relative error ≤ 2e-7; 0 below −126, NaN for NaN.
+#if defined(__AVX512DQ__)
+// Eight instructions instead of thirteen: the fraction above the floor is one, and scaling by 2^⌊x⌋ is another.
+ANCHOR_ATTENTION_INLINE Vector<float> exp2(Vector<float> x) {
+  constexpr int kFractionAboveFloor = 1;
+  const Vector<float> f = (Vector<float>)_mm512_reduce_ps((__m512)x, kFractionAboveFloor);
+  // Minimax polynomial of 2^f on [0, 1) with 2^0 = 1, relative error 8.3e-8.
+  Vector<float> p = splat(1.86713021195e-3f);
+  p = p * f + 9.01702996253e-3f;
+  p = p * f + 5.57999134252e-2f;
+  p = p * f + 2.40164450039e-1f;
+  p = p * f + 6.93151311818e-1f;
+  p = p * f + 1.0f;
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return (Vector<float>)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)x);
+}
+#else
 ANCHOR_ATTENTION_INLINE Vector<float> exp2(Vector<float> x) {
   using Bits = VectorTypes<float>::Bits;
   // Adding 1.5 · 2²³ leaves round(x) in the low bits of the sum.
@@ -96,6 +112,7 @@ ANCHOR_ATTENTION_INLINE Vector<float> exp2(Vector<float> x) {
   const Bits scaled = reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 23);
   return x < -126.0f ? Vector<float>{} : reinterpret_cast<Vector<float>>(scaled);
 }
+#endif
 
 ANCHOR_ATTENTION_INLINE Vector<double> exp2(Vector<double> x) {
   for (int lane = 0; lane < kLanes<double>; ++lane) x[lane] = __builtin_exp2(x[lane]);
@@ -243,6 +260,35 @@ ANCHOR_ATTENTION_INLINE Vector<BFloat16Pair> pair_up(Vector<float> first, Vector
   return (Vector<BFloat16Pair>)_mm512_permutexvar_epi16(even_odd, round_to_bfloat16(first, second));
 }
 #endif
+
+// The two vectors rounded to bfloat16, one behind the other, to 2 · kLanes<float> elements.
+ANCHOR_ATTENTION_INLINE void store_rounded(BFloat16* target, Vector<float> first, Vector<float> second) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(target, round_to_bfloat16(first, second));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) {
+    target[i] = narrow<BFloat16>(first[i]);
+    target[kLanes<float> + i] = narrow<BFloat16>(second[i]);
+  }
+#endif
+}
+
+// The two vectors rounded to bfloat16, element by element side by side, to kLanes<float> pairs.
+ANCHOR_ATTENTION_INLINE void store_pairs(BFloat16Pair* target, Vector<float> first, Vector<float> second) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(target, (__m512i)pair_up(first, second));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) target[i] = {narrow<BFloat16>(first[i]), narrow<BFloat16>(second[i])};
+#endif
+}
+
+// What rounding to bfloat16 takes away: finite where the value and its rounding are.
+ANCHOR_ATTENTION_INLINE Vector<float> rounding_remainder(Vector<float> value) {
+  using Bits = VectorTypes<float>::Bits;
+  const Bits bits = reinterpret_cast<Bits>(value);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  return value - reinterpret_cast<Vector<float>>(rounded);
+}
 
 // Calls function(Storage{}) for the storage type of `dtype`.
 template <typename Function>
