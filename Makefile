@@ -22,7 +22,7 @@ BIN = $(shell dirname "$$(command -v $(PYTHON))")
 PIP := $(PYTHON) -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench docs gpu test-sanitizers lint typecheck format clean help
+.PHONY: demo test bench docs gpu test-sanitizers test-aarch64 lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -67,8 +67,12 @@ docs: build/.runnable build/.docs-packages
 gpu: build/.complete build/.test-packages build/.bench-packages
 	$(PYTHON) -m benchmarks.gpu $(if $(DRY_RUN),--device cpu --quick) $(GPU_ARGS)
 
-test-sanitizers: build/.complete build/.test-packages
-	PYTHON=$(PYTHON) scripts/test_sanitizers.sh
+# Neither needs torch.
+test-sanitizers:
+	scripts/test_sanitizers.sh
+
+test-aarch64:
+	scripts/test_aarch64.sh
 
 lint: build/.tools build/.dev-packages
 	$(PYTHON) -m ruff check .
