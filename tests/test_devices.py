@@ -12,8 +12,9 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings
+from torch._dynamo.utils import counters
 
-from anchor_attention import KeyRangeTable, TokenSpec, anchor_attention, rope
+from anchor_attention import CrossAnchorAttention, KeyRangeTable, TokenSpec, anchor_attention, rope
 from anchor_attention.reference import rope_reference
 
 from .devices import DEVICES, HAS_CUDA, Device
@@ -299,6 +300,25 @@ def tf32_is_used_where_torch_allows_it() -> None:
     assert errors["highest"] * 8 < errors["high"] < 2.0**-8 * inputs.v.abs().max() * 4
 
 
+def compiled_calls_are_captured_into_graphs(device: str = "cuda") -> None:
+    """Forward and backward of ``mode="reduce-overhead"``: recorded in the second call, replayed in those behind it."""
+    module = CrossAnchorAttention(dim=64, num_heads=2, branches=("surface", "volume"), init_weights="torch").to(device)
+    compiled = torch.compile(module, fullgraph=True, mode="reduce-overhead")
+    specs = [TokenSpec("surface_anchors", 70), TokenSpec("surface_queries", 90), TokenSpec("volume_anchors", 50)]
+    counters.clear()
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        x = torch.randn(2, 210, 64, device=device, requires_grad=True)
+        leaves = [x, *module.parameters()]
+        actual, expected = (
+            (y.detach(), *torch.autograd.grad(y.square().mean(), leaves))
+            for y in (call(x, specs) for call in (compiled, module))
+        )
+        for found, wanted in zip(actual, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
 GPU_ONLY: tuple[Callable[[], None], ...] = (
     other_devices_are_refused,
     nothing_waits_for_the_gpu,
@@ -307,6 +327,7 @@ GPU_ONLY: tuple[Callable[[], None], ...] = (
     a_stream_that_is_behind_is_waited_for,
     offsets_go_beyond_two_to_the_31_elements,
     tf32_is_used_where_torch_allows_it,
+    compiled_calls_are_captured_into_graphs,
 )
 
 if HAS_CUDA:
