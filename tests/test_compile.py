@@ -258,6 +258,16 @@ def test_vmap_inside_a_graph() -> None:
     torch.testing.assert_close(torch.compile(mapped, fullgraph=True)(q, k, v), mapped(q, k, v), **CLOSE)
 
 
+def test_torch_func_inside_a_graph_is_refused_with_the_way_out() -> None:
+    q, k, v = (tensor.detach() for tensor in functional_inputs(20, 12))
+    table = KeyRangeTable.from_ranges([[0, 20]], [[0, 12]])
+    gradient = torch.func.grad(lambda q: anchor_attention(q, k, v, table).sum())
+    with pytest.raises(
+        RuntimeError, match=r"call the function of the package anchor_attention, outside of torch\.compile"
+    ):
+        torch.compile(gradient, fullgraph=True, backend="eager")(q)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_activation_checkpointing(use_reentrant: bool, compiled: bool) -> None:
@@ -279,7 +289,7 @@ def test_activation_checkpointing(use_reentrant: bool, compiled: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_and_grad_scaler(dtype: torch.dtype, compiled: bool) -> None:
-    """One scaled step under autocast is the step of plain low precision; parameters and gradients stay float32."""
+    """Scaled gradients under autocast are float32, and those of float64 within the rounding."""
     module, x, token_specs = one_module_call()
     plain = make(CrossAnchorAttention)
     plain.load_state_dict(module.state_dict())
