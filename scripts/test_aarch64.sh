@@ -14,7 +14,8 @@ out=build/aarch64
 mkdir -p "$out"
 "$compiler" -static -Icsrc -std=c++20 -O1 -Wall -Wextra -Wno-psabi -fno-math-errno -fno-trapping-math \
   -DANCHOR_ATTENTION_ISA=baseline "-DANCHOR_ATTENTION_ISAS(apply)=apply(baseline)" "-DANCHOR_ATTENTION_TILE_ISAS(apply)=" \
-  csrc/key_ranges.cpp csrc/kernels/cpu/{attention,attention_backward_tile,attention_tile,dispatch,instruction_set,pack,rope,rope_tokens}.cpp \
+  csrc/key_ranges.cpp csrc/kernels/cpu/{attention,attention_backward,dispatch,rope,schedule}.cpp \
+  csrc/kernels/cpu/{attention_backward_tile,attention_tile,instruction_set,pack,rope_tokens}.cpp \
   tests/native/drive_kernels.cpp -lpthread -o "$out/drive_kernels"
 echo "== aarch64, baseline"
 qemu-aarch64 "$out/drive_kernels" 2

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export compiler="${CXX:-c++}"
 common=(-Icsrc -Itests/native -std=c++20 -g0 -O1 -fno-omit-frame-pointer -Wno-psabi -fno-math-errno -fno-trapping-math)
-generic=(csrc/key_ranges.cpp csrc/kernels/cpu/attention.cpp csrc/kernels/cpu/dispatch.cpp csrc/kernels/cpu/rope.cpp
+generic=(csrc/key_ranges.cpp csrc/kernels/cpu/{attention,attention_backward,dispatch,rope,schedule}.cpp
          tests/native/drive_kernels.cpp)
 steps=(attention_backward_tile attention_tile instruction_set pack rope_tokens)
 avx512="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"

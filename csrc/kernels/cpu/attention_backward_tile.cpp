@@ -128,11 +128,9 @@ struct StoreGradScores {
 template <typename T>
 ANCHOR_ATTENTION_INLINE void add_grad_q(const BackwardTile& tile, int64_t padded, const T* rows) {
   const AttentionParams& f = tile.params->forward;
-  const int64_t stride = f.heads * f.head_dim;
-  T* grad_q =
-      static_cast<T*>(tile.grad_q) + (tile.batch * f.n_queries + tile.q_begin) * stride + tile.head * f.head_dim;
+  T* grad_q = static_cast<T*>(tile.grad_q);
   for (int64_t i = 0; i < tile.n_queries; ++i) {
-    for (int64_t d = 0; d < f.head_dim; ++d) grad_q[i * stride + d] += rows[i * padded + d];
+    for (int64_t d = 0; d < f.head_dim; ++d) grad_q[i * tile.grad_q_stride + d] += rows[i * padded + d];
   }
 }
 

@@ -70,18 +70,24 @@ struct BackwardTile {
   int64_t n_key_ranges;
   int32_t key_begin;
   int32_t key_end;
-  void* grad_q;       // [batch, n_queries, heads, head_dim] working type, added to, without `scale`; may be null
-  void* grad_k_rows;  // [packed keys] · sum_row_bytes, added to, without `scale`; may be null
-  void* grad_v_rows;  // [packed keys] · sum_row_bytes, added to; may be null
-  void* scratch;      // backward_scratch_bytes
+  void* grad_q;           // [n_queries, head_dim] working type, added to, without `scale`; may be null
+  int64_t grad_q_stride;  // elements between its rows
+  void* grad_k_rows;      // [packed keys] · sum_row_bytes, added to, without `scale`; may be null
+  void* grad_v_rows;      // [packed keys] · sum_row_bytes, added to; may be null
+  void* scratch;          // backward_scratch_bytes
 };
 
 // Turns the sums of grad_q in the working type into gradients of the unrotated q, and of its rotary factors.
+// A factor that several heads share, or several batch elements, takes its gradient from all of them: its first call
+// must be that of head 0, and of batch element 0.
 struct FinishGradQ {
   const AttentionBackwardParams* params;
-  const void* grad_q;  // [batch, n_queries, heads, head_dim] working type; may be params->grad_q itself
+  int64_t batch;
+  int64_t head;
   int64_t token_begin;
   int64_t token_end;
+  const void* grad_q;     // [tokens, head_dim] working type; may lie in params->grad_q itself
+  int64_t grad_q_stride;  // elements between its rows
 };
 
 struct RopeTokens {

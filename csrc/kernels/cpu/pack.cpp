@@ -60,35 +60,31 @@ void finish_grad_q_of(const FinishGradQ& task) {
   const AttentionParams& f = p.forward;
   const T scale = static_cast<T>(f.scale);
   const bool freqs_shared = f.q_freqs_strides.batch == 0;
+  const bool first_of_freqs = task.head == 0 && (!freqs_shared || task.batch == 0);
   constexpr int64_t kPiece = 512;
   T grad[kPiece];
   T x[kPiece];
   for (int64_t token = task.token_begin; token < task.token_end; ++token) {
-    for (int64_t batch = 0; batch < f.batch; ++batch) {
-      const int64_t first = (batch * f.n_queries + token) * f.heads * f.head_dim;
-      const T* freqs = f.q_freqs == nullptr ? nullptr : freqs_of<T>(f.q_freqs, f.q_freqs_strides, batch, token);
-      T* grad_freqs = nullptr;
-      if (p.grad_q_freqs != nullptr) {
-        const int64_t row = freqs_shared ? token : batch * f.n_queries + token;
-        grad_freqs = static_cast<T*>(p.grad_q_freqs) + row * f.head_dim;
-        if (!freqs_shared || batch == 0) std::memset(grad_freqs, 0, f.head_dim * sizeof(T));
+    const int64_t row = task.batch * f.n_queries + token;
+    const T* sums = static_cast<const T*>(task.grad_q) + (token - task.token_begin) * task.grad_q_stride;
+    const T* freqs = f.q_freqs == nullptr ? nullptr : freqs_of<T>(f.q_freqs, f.q_freqs_strides, task.batch, token);
+    T* grad_freqs = nullptr;
+    if (p.grad_q_freqs != nullptr) {
+      grad_freqs = static_cast<T*>(p.grad_q_freqs) + (freqs_shared ? token : row) * f.head_dim;
+      if (first_of_freqs) std::memset(grad_freqs, 0, f.head_dim * sizeof(T));
+    }
+    const Storage* q = row_of<Storage>(f.q, f.q_strides, task.batch, token, task.head);
+    for (int64_t d = 0; d < f.head_dim; d += kPiece) {
+      const int64_t n = f.head_dim - d < kPiece ? f.head_dim - d : kPiece;
+      for (int64_t i = 0; i < n; ++i) grad[i] = sums[d + i] * scale;
+      if (grad_freqs != nullptr) {
+        widen_row(q + d, n, n, x);
+        add_freqs_grad(grad, x, n, grad_freqs + d);
       }
-      for (int64_t head = 0; head < f.heads; ++head) {
-        const Storage* q = row_of<Storage>(f.q, f.q_strides, batch, token, head);
-        for (int64_t d = 0; d < f.head_dim; d += kPiece) {
-          const int64_t n = f.head_dim - d < kPiece ? f.head_dim - d : kPiece;
-          const T* sum = static_cast<const T*>(task.grad_q) + first + head * f.head_dim + d;
-          for (int64_t i = 0; i < n; ++i) grad[i] = sum[i] * scale;
-          if (grad_freqs != nullptr) {
-            widen_row(q + d, n, n, x);
-            add_freqs_grad(grad, x, n, grad_freqs + d);
-          }
-          if (p.grad_q == nullptr) continue;
-          if (freqs != nullptr) unrotate_row(grad, freqs + d, n, grad);
-          Storage* out = static_cast<Storage*>(p.grad_q) + first + head * f.head_dim + d;
-          for (int64_t i = 0; i < n; ++i) out[i] = narrow<Storage>(grad[i]);
-        }
-      }
+      if (p.grad_q == nullptr) continue;
+      if (freqs != nullptr) unrotate_row(grad, freqs + d, n, grad);
+      Storage* out = static_cast<Storage*>(p.grad_q) + (row * f.heads + task.head) * f.head_dim + d;
+      for (int64_t i = 0; i < n; ++i) out[i] = narrow<Storage>(grad[i]);
     }
   }
 }

@@ -103,11 +103,10 @@ ANCHOR_ATTENTION_INLINE void grad_scores_of_chunk(const TileBackwardScratch<kPar
 template <int kParts>
 ANCHOR_ATTENTION_INLINE void add_tile_grad_q(const BackwardTile& tile, const TileBackwardScratch<kParts>& s) {
   const AttentionParams& f = tile.params->forward;
-  const int64_t stride = f.heads * f.head_dim;
-  float* grad_q =
-      static_cast<float*>(tile.grad_q) + (tile.batch * f.n_queries + tile.q_begin) * stride + tile.head * f.head_dim;
+  float* grad_q = static_cast<float*>(tile.grad_q);
   for (int64_t i = 0; i < tile.n_queries; ++i) {
-    for (int64_t d = 0; d < f.head_dim; ++d) grad_q[i * stride + d] += s.grad_q_panel[d * kBackwardTileQueries + i];
+    for (int64_t d = 0; d < f.head_dim; ++d)
+      grad_q[i * tile.grad_q_stride + d] += s.grad_q_panel[d * kBackwardTileQueries + i];
   }
 }
 

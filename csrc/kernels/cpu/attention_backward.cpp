@@ -1,0 +1,269 @@
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "kernels/cpu/attention.h"
+#include "kernels/cpu/dispatch.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/schedule.h"
+
+namespace anchor_attention::cpu {
+namespace {
+
+constexpr double kOperationsPerScore = 10;
+
+// Splits the tiles into `n` runs of about equal work: n + 1 bounds.
+std::vector<int64_t> split_tiles(const std::vector<Tile>& tiles, int64_t n) {
+  double total = 0;
+  for (const Tile& tile : tiles) total += static_cast<double>(tile.n_queries) * tile.n_keys;
+  std::vector<int64_t> bounds{0};
+  double done = 0;
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    done += static_cast<double>(tiles[i].n_queries) * tiles[i].n_keys;
+    while (static_cast<int64_t>(bounds.size()) < n && done >= total * bounds.size() / n) bounds.push_back(i + 1);
+  }
+  bounds.resize(n + 1, static_cast<int64_t>(tiles.size()));
+  bounds.back() = static_cast<int64_t>(tiles.size());
+  return bounds;
+}
+
+// Splits the packed keys of one batch element into `n` slices that about equally many queries read: n + 1 bounds.
+std::vector<int32_t> split_keys(const CompactedKeys& keys, int64_t n) {
+  const TransposedKeyRangeTable readers = transpose(keys.table.view());
+  const size_t n_segments = readers.q_offsets.size() - 1;
+  std::vector<double> weights(n_segments, 0.0);
+  double total = 0;
+  for (size_t s = 0; s < n_segments; ++s) {
+    for (int32_t r = readers.q_offsets[s]; r < readers.q_offsets[s + 1]; ++r) {
+      weights[s] += readers.q_ranges[2 * r + 1] - readers.q_ranges[2 * r];
+    }
+    total += weights[s] * (readers.k_ranges[2 * s + 1] - readers.k_ranges[2 * s]);
+  }
+  constexpr int32_t kAlignment = 64;
+  const auto n_rows = static_cast<int32_t>(keys.source.size());
+  std::vector<int32_t> bounds{0};
+  double done = 0;
+  for (size_t s = 0; s < n_segments; ++s) {
+    const int32_t begin = readers.k_ranges[2 * s];
+    const double area = weights[s] * (readers.k_ranges[2 * s + 1] - begin);
+    while (static_cast<int64_t>(bounds.size()) < n && done + area >= total * bounds.size() / n) {
+      const int32_t key = begin + static_cast<int32_t>((total * bounds.size() / n - done) / weights[s]);
+      bounds.push_back(std::max(bounds.back(), (key + kAlignment / 2) / kAlignment * kAlignment));
+    }
+    done += area;
+  }
+  bounds.resize(n + 1, n_rows);
+  for (int32_t& bound : bounds) bound = std::min(bound, n_rows);
+  bounds.back() = n_rows;
+  return bounds;
+}
+
+// The heads are worked on one after the other, so that packed keys and sums exist for one of them at a time; or in
+// groups of as many as it takes to keep the threads busy between two meetings. The last group's end is the last bound.
+std::vector<int64_t> group_planes(const AttentionParams& p, const Schedule& schedule, int64_t tile_queries,
+                                  int64_t threads) {
+  constexpr double kMinOperations = 2e7;  // of a thread
+  constexpr double kMinTiles = 8;         // of a thread: a tile more or less is then a small difference
+  const Planes all = schedule.all_planes();
+  std::vector<int64_t> bounds{all.begin};
+  for (int64_t plane = all.begin + 1; plane < all.end; ++plane) {
+    const Planes group{bounds.back(), plane};
+    const double tiles = static_cast<double>((group.end - group.begin) * p.n_queries) / tile_queries;
+    const bool busy = schedule.operations(group, kOperationsPerScore) >= kMinOperations * threads;
+    if (threads == 1 || (busy && tiles >= kMinTiles * threads)) bounds.push_back(plane);
+  }
+  if (all.end > all.begin) bounds.push_back(all.end);
+  return bounds;
+}
+
+// One call of the backward: its buffers, and its steps for a group of planes.
+class Backward {
+ public:
+  Backward(const AttentionBackwardParams& params, const Executor& executor, bool allow_split_float32)
+      : params_(params),
+        p_(params.forward),
+        executor_(executor),
+        vector_kernels_(selected_kernels()),
+        kernels_(selected_products(p_.dtype, allow_split_float32)),
+        schedule_(p_, kernels_),
+        threads_(schedule_.threads(executor, kOperationsPerScore)),
+        scratch_bytes_(kernels_.backward_scratch_bytes(p_.head_dim, p_.dtype)),
+        scratch_(allocate(threads_ * scratch_bytes_)),
+        wants_grad_q_(params.grad_q != nullptr || params.grad_q_freqs != nullptr),
+        sums_in_place_(params.grad_q != nullptr &&
+                       (p_.dtype == ScalarType::float32 || p_.dtype == ScalarType::float64)) {
+    for (int64_t layout = 0; layout < schedule_.n_layouts(); ++layout) {
+      key_bounds_.push_back(split_keys(schedule_.keys(layout), threads_));
+    }
+  }
+
+  void run() {
+    const std::vector<int64_t> bounds = group_planes(p_, schedule_, kernels_.backward_tile_queries(p_.dtype), threads_);
+    for (size_t i = 0; i + 1 < bounds.size(); ++i) {
+      planes_ = {bounds[i], bounds[i + 1]};
+      begin_group();
+      for (int64_t phase = 0; phase < threads_; ++phase) run_phase(phase);
+      if (params_.grad_k != nullptr) unpack(grad_k_rows_.get(), p_.scale, params_.grad_k);
+      if (params_.grad_v != nullptr) unpack(grad_v_rows_.get(), 1.0, params_.grad_v);
+      if (wants_grad_q_) finish_grad_q();
+    }
+  }
+
+ private:
+  // Sums of grad_q: in the gradient itself, or [planes, n_queries, head_dim].
+  int64_t grad_q_stride() const { return sums_in_place_ ? p_.heads * p_.head_dim : p_.head_dim; }
+
+  char* grad_q_sums(int64_t batch, int64_t head, int64_t token) const {
+    if (!wants_grad_q_) return nullptr;
+    const int64_t row = sums_in_place_ ? (batch * p_.n_queries + token) * p_.heads + head
+                                       : (batch * p_.heads + head - planes_.begin) * p_.n_queries + token;
+    char* const base = sums_in_place_ ? static_cast<char*>(params_.grad_q) : grad_q_.get();
+    return base + row * p_.head_dim * working_size(p_.dtype);
+  }
+
+  // Frees before it allocates, so that two groups never take memory at once.
+  static void reserve(Buffer& buffer, int64_t bytes) {
+    buffer.reset();
+    buffer = allocate(bytes);
+  }
+
+  void begin_group() {
+    const int64_t packed_bytes = schedule_.n_rows(planes_) * schedule_.packed_row_bytes();
+    const int64_t sum_bytes = schedule_.n_rows(planes_) * schedule_.sum_row_bytes();
+    reserve(k_rows_, packed_bytes);
+    reserve(v_rows_, packed_bytes);
+    const PackedTensor k{p_.k, p_.k_strides, PackedLayout::rows, k_rows_.get()};
+    const PackedTensor v{p_.v, p_.v_strides, PackedLayout::rows, v_rows_.get()};
+    if (schedule_.has_stacks()) {
+      reserve(k_stack_, packed_bytes);
+      const PackedTensor stacked_k{p_.k, p_.k_strides, PackedLayout::stack, k_stack_.get()};
+      pack(p_, schedule_, planes_, kernels_, executor_, threads_, {k, v, stacked_k});
+    } else {
+      pack(p_, schedule_, planes_, kernels_, executor_, threads_, {k, v});
+    }
+    for (auto [gradient, rows] : {std::pair(params_.grad_k, &grad_k_rows_), {params_.grad_v, &grad_v_rows_}}) {
+      if (gradient == nullptr) continue;
+      reserve(*rows, sum_bytes);
+      std::memset(rows->get(), 0, sum_bytes);
+    }
+    if (wants_grad_q_ && !sums_in_place_) {
+      const int64_t bytes = (planes_.end - planes_.begin) * p_.n_queries * p_.head_dim * working_size(p_.dtype);
+      reserve(grad_q_, bytes);
+      std::memset(grad_q_.get(), 0, bytes);
+    } else if (wants_grad_q_ && planes_.begin == 0) {
+      std::memset(params_.grad_q, 0, p_.batch * p_.n_queries * p_.heads * p_.head_dim * working_size(p_.dtype));
+    }
+    tiles_ = schedule_.tiles(planes_, kernels_.backward_tile_queries(p_.dtype), /*with_gaps=*/false);
+    tile_bounds_ = split_tiles(tiles_, threads_);
+  }
+
+  // Every thread owns a run of query tiles. The keys are cut into as many slices as there are threads, and in phase s
+  // thread t meets slice t + s: no two threads ever add to the same row, and every row's sums are formed in one order.
+  void run_phase(int64_t phase) {
+    executor_.run(threads_, [&](int64_t thread) {
+      const int64_t slice = (thread + phase) % threads_;
+      for (int64_t i = tile_bounds_[thread]; i < tile_bounds_[thread + 1]; ++i) {
+        const Tile& tile = tiles_[i];
+        const KeyRangeTableView table = schedule_.keys(tile.batch).table.view();
+        const std::vector<int32_t>& bounds = key_bounds_[schedule_.layout(tile.batch)];
+        const int64_t row = schedule_.first_row(planes_, tile.batch, tile.head);
+        const int64_t packed = row * schedule_.packed_row_bytes(), sums = row * schedule_.sum_row_bytes();
+        kernels_.backward_tile({
+            .params = &params_,
+            .batch = tile.batch,
+            .head = tile.head,
+            .q_begin = tile.q_begin,
+            .n_queries = tile.n_queries,
+            .k_rows = k_rows_.get() + packed,
+            .k_stack = (schedule_.has_stacks() ? k_stack_ : k_rows_).get() + packed,
+            .v_rows = v_rows_.get() + packed,
+            .key_ranges = table.k_ranges + 2 * table.k_offsets[tile.group],
+            .n_key_ranges = table.k_offsets[tile.group + 1] - table.k_offsets[tile.group],
+            .key_begin = bounds[slice],
+            .key_end = bounds[slice + 1],
+            .grad_q = grad_q_sums(tile.batch, tile.head, tile.q_begin),
+            .grad_q_stride = grad_q_stride(),
+            .grad_k_rows = grad_k_rows_ ? grad_k_rows_.get() + sums : nullptr,
+            .grad_v_rows = grad_v_rows_ ? grad_v_rows_.get() + sums : nullptr,
+            .scratch = scratch_.get() + thread * scratch_bytes_,
+        });
+      }
+    });
+  }
+
+  // The packed row of every token of a batch element, below 0 where it has none.
+  std::vector<int32_t> packed_rows(int64_t batch) const {
+    std::vector<int32_t> rows(p_.n_keys, -1);
+    const std::vector<int32_t>& source = schedule_.keys(batch).source;
+    for (size_t j = 0; j < source.size(); ++j) {
+      if (source[j] >= 0) rows[source[j]] = static_cast<int32_t>(j);
+    }
+    return rows;
+  }
+
+  void unpack(const char* rows, double scale, void* target) const {
+    std::vector<std::vector<int32_t>> packed_row(p_.batch);
+    for (int64_t plane = planes_.begin; plane < planes_.end; ++plane) {
+      std::vector<int32_t>& of_batch = packed_row[plane / p_.heads];
+      if (of_batch.empty()) of_batch = packed_rows(plane / p_.heads);
+    }
+    const std::vector<RowTask> tasks = row_tasks(planes_, p_.heads, [&](int64_t) { return p_.n_keys; });
+    const Strides strides{p_.n_keys * p_.heads * p_.head_dim, p_.heads * p_.head_dim, p_.head_dim};
+    for_each_task(executor_, threads_, static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {
+      const RowTask& task = tasks[i];
+      char* first = const_cast<char*>(head_start(target, strides, task.batch, task.head, p_.dtype));
+      vector_kernels_.unpack_rows({
+          .packed = rows + schedule_.first_row(planes_, task.batch, task.head) * schedule_.sum_row_bytes(),
+          .packed_row_bytes = schedule_.sum_row_bytes(),
+          .indices = packed_row[task.batch].data() + task.begin,
+          .n_tokens = task.end - task.begin,
+          .head_dim = p_.head_dim,
+          .scale = scale,
+          .dtype = p_.dtype,
+          .target = first + task.begin * strides.token * storage_size(p_.dtype),
+          .target_stride = strides.token,
+      });
+    });
+  }
+
+  void finish_grad_q() const {
+    const int64_t tokens_per_task = 256;
+    const int64_t n_tasks = (p_.n_queries + tokens_per_task - 1) / tokens_per_task;
+    for_each_task(executor_, threads_, n_tasks, [&](int64_t i, int64_t) {
+      const int64_t begin = i * tokens_per_task, end = std::min(begin + tokens_per_task, p_.n_queries);
+      for (int64_t plane = planes_.begin; plane < planes_.end; ++plane) {
+        const int64_t batch = plane / p_.heads, head = plane % p_.heads;
+        vector_kernels_.finish_grad_q(
+            {&params_, batch, head, begin, end, grad_q_sums(batch, head, begin), grad_q_stride()});
+      }
+    });
+  }
+
+  const AttentionBackwardParams& params_;
+  const AttentionParams& p_;
+  const Executor& executor_;
+  const Kernels& vector_kernels_;
+  const ProductKernels& kernels_;
+  const Schedule schedule_;
+  const int64_t threads_;
+  const int64_t scratch_bytes_;
+  const Buffer scratch_;
+  const bool wants_grad_q_;
+  const bool sums_in_place_;
+  std::vector<std::vector<int32_t>> key_bounds_;  // of each layout, n_threads + 1
+
+  // Of the group in work.
+  Planes planes_{};
+  std::vector<Tile> tiles_;
+  std::vector<int64_t> tile_bounds_;
+  Buffer k_rows_, v_rows_, k_stack_, grad_k_rows_, grad_v_rows_, grad_q_;
+};
+
+}  // namespace
+
+void attention_backward(const AttentionBackwardParams& params, const Executor& executor, bool allow_split_float32) {
+  Backward(params, executor, allow_split_float32).run();
+}
+
+}  // namespace anchor_attention::cpu

@@ -1,0 +1,99 @@
+#include "kernels/cpu/schedule.h"
+
+namespace anchor_attention::cpu {
+namespace {
+
+// A thread more costs some microseconds to wake: it must have about as many operations to do.
+constexpr double kMinOperationsPerThread = 1e6;
+constexpr int64_t kRowsPerFillTask = 4096;
+
+int64_t keys_of_group(const KeyRangeTableView& table, int32_t group) {
+  int64_t n = 0;
+  for (int32_t r = table.k_offsets[group]; r < table.k_offsets[group + 1]; ++r) {
+    n += table.k_ranges[2 * r + 1] - table.k_ranges[2 * r];
+  }
+  return n;
+}
+
+}  // namespace
+
+Buffer allocate(int64_t bytes) {
+  constexpr int64_t kAlignment = 64;
+  void* pointer =
+      std::aligned_alloc(kAlignment, (std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment);
+  if (pointer == nullptr) throw std::bad_alloc();
+  return Buffer(static_cast<char*>(pointer));
+}
+
+Schedule::Schedule(const AttentionParams& p, const ProductKernels& kernels)
+    : params_(p),
+      alignment_(kernels.key_alignment(p.dtype)),
+      packed_row_bytes_(kernels.packed_row_bytes(p.head_dim, p.dtype)),
+      sum_row_bytes_(kernels.sum_row_bytes(p.head_dim, p.dtype)) {
+  const int64_t n_layouts = p.key_mask == nullptr ? std::min<int64_t>(p.batch, 1) : p.batch;
+  for (int64_t b = 0; b < n_layouts; ++b) {
+    const bool* mask = p.key_mask == nullptr ? nullptr : p.key_mask + b * p.key_mask_batch_stride;
+    layouts_.push_back(compact_keys(p.table, mask, p.n_keys, alignment_));
+  }
+  first_rows_.push_back(0);
+  for (int64_t plane = 0; plane < p.batch * p.heads; ++plane) {
+    first_rows_.push_back(first_rows_.back() + static_cast<int64_t>(keys(plane / p.heads).source.size()));
+  }
+}
+
+double Schedule::operations(Planes planes, double operations_per_score) const {
+  double area = 0;
+  for (int64_t plane = planes.begin; plane < planes.end; ++plane) {
+    area += static_cast<double>(keys(plane / params_.heads).table.area());
+  }
+  return operations_per_score * area * static_cast<double>(params_.head_dim);
+}
+
+int64_t Schedule::threads(const Executor& executor, double operations_per_score) const {
+  const double useful = operations(all_planes(), operations_per_score) / kMinOperationsPerThread;
+  return std::clamp<int64_t>(static_cast<int64_t>(std::min(useful, 1e9)), 1, std::max<int64_t>(executor.threads, 1));
+}
+
+std::vector<Tile> Schedule::tiles(Planes planes, int64_t tile_queries, bool with_gaps) const {
+  std::vector<Tile> tiles;
+  for (int64_t plane = planes.begin; plane < planes.end; ++plane) {
+    append_tiles(plane / params_.heads, plane % params_.heads, tile_queries, with_gaps, tiles);
+  }
+  return tiles;
+}
+
+void Schedule::append_tiles(int64_t batch, int64_t head, int64_t tile_queries, bool with_gaps,
+                            std::vector<Tile>& tiles) const {
+  const KeyRangeTableView table = keys(batch).table.view();
+  const auto append = [&](int32_t group, int64_t begin, int64_t end, int64_t step, int64_t n_keys) {
+    for (int64_t q = begin; q < end; q += step) {
+      tiles.push_back({static_cast<int32_t>(batch), static_cast<int32_t>(head), group,
+                       static_cast<int32_t>(std::min(step, end - q)), q, n_keys});
+    }
+  };
+  int64_t covered = 0;
+  for (int32_t g = 0; g < table.n_groups; ++g) {
+    if (with_gaps) append(kNoGroup, covered, table.q_ranges[2 * g], kRowsPerFillTask, 0);
+    append(g, table.q_ranges[2 * g], table.q_ranges[2 * g + 1], tile_queries, keys_of_group(table, g));
+    covered = table.q_ranges[2 * g + 1];
+  }
+  if (with_gaps) append(kNoGroup, covered, params_.n_queries, kRowsPerFillTask, 0);
+}
+
+void pack(const AttentionParams& p, const Schedule& schedule, Planes planes, const ProductKernels& kernels,
+          const Executor& executor, int64_t threads, std::initializer_list<PackedTensor> tensors) {
+  const std::vector<RowTask> tasks = row_tasks(
+      planes, p.heads, [&](int64_t batch) { return static_cast<int64_t>(schedule.keys(batch).source.size()); });
+  for_each_task(executor, threads, static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {
+    const RowTask& task = tasks[i];
+    for (const PackedTensor& tensor : tensors) {
+      kernels.pack_rows({head_start(tensor.source, tensor.strides, task.batch, task.head, p.dtype),
+                         tensor.strides.token, schedule.keys(task.batch).source.data() + task.begin,
+                         task.end - task.begin, p.head_dim, p.dtype, tensor.layout,
+                         tensor.packed + (schedule.first_row(planes, task.batch, task.head) + task.begin) *
+                                             schedule.packed_row_bytes()});
+    }
+  });
+}
+
+}  // namespace anchor_attention::cpu
