@@ -35,7 +35,9 @@ struct Block {
 template <int kRows, int kVectors, typename Operand>
 ANCHOR_ATTENTION_INLINE Block<kRows, kVectors, Sum<Operand>> multiply(Broadcast<Operand> a, Rows<Operand> b,
                                                                       int64_t steps) {
-  Block<kRows, kVectors, Sum<Operand>> c{};
+  // Not in the block itself: where an epilogue loops over its rows it has to lie in memory, and the compiler would
+  // write every sum to it in every step.
+  Vector<Sum<Operand>> sums[kRows][kVectors] = {};
   const Operand* a_step = a.data;
   const Operand* b_step = b.data;
   for (int64_t k = 0; k < steps; ++k) {
@@ -43,10 +45,14 @@ ANCHOR_ATTENTION_INLINE Block<kRows, kVectors, Sum<Operand>> multiply(Broadcast<
     for (int j = 0; j < kVectors; ++j) vectors[j] = load(b_step + j * kLanes<Operand>);
     for (int i = 0; i < kRows; ++i) {
       const Vector<Operand> scalar = splat(a_step[i * a.row_stride]);
-      for (int j = 0; j < kVectors; ++j) c.value[i][j] = multiply_add(scalar, vectors[j], c.value[i][j]);
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = multiply_add(scalar, vectors[j], sums[i][j]);
     }
     a_step += a.step_stride;
     b_step += b.step_stride;
+  }
+  Block<kRows, kVectors, Sum<Operand>> c;
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) c.value[i][j] = sums[i][j];
   }
   return c;
 }
