@@ -7,8 +7,24 @@ namespace {
 
 template <typename Storage>
 const Storage* source_row(const PackRows& p, int64_t i) {
-  const int32_t index = i < p.n_rows ? p.indices[i] : -1;
+  const int32_t index = p.indices[i];
   return index < 0 ? nullptr : static_cast<const Storage*>(p.source) + index * p.source_stride;
+}
+
+// Row i beside row i + 1, element by element; a row that does not exist is zero. Loops without a choice in them are
+// what the compiler turns into vectors.
+ANCHOR_ATTENTION_INLINE void stack_rows(const BFloat16* first, const BFloat16* second, int64_t n, BFloat16* target) {
+  if (first != nullptr && second != nullptr) {
+    for (int64_t d = 0; d < n; ++d) {
+      target[2 * d] = first[d];
+      target[2 * d + 1] = second[d];
+    }
+    return;
+  }
+  for (int64_t d = 0; d < n; ++d) {
+    target[2 * d] = first == nullptr ? BFloat16{} : first[d];
+    target[2 * d + 1] = second == nullptr ? BFloat16{} : second[d];
+  }
 }
 
 template <typename Storage, typename T = Working<Storage>>
@@ -18,13 +34,24 @@ void pack_rows_of(const PackRows& p) {
   if constexpr (kDepth<Operand> == 2) {
     // Either two neighbours of a row make an operand, which is how the row lies in memory, or two rows do.
     BFloat16* packed = static_cast<BFloat16*>(p.packed);
-    const bool stacked = p.layout == PackedLayout::stack;
-    for (int64_t i = 0; i < p.n_rows; ++i) {
-      const Storage* row = source_row<Storage>(p, i);
-      BFloat16* target = stacked ? packed + i / 2 * 2 * padded + i % 2 : packed + i * padded;
-      const int64_t step = stacked ? 2 : 1;
-      for (int64_t d = 0; d < p.head_dim; ++d) target[d * step] = row == nullptr ? BFloat16{} : row[d];
-      for (int64_t d = p.head_dim; d < padded; ++d) target[d * step] = {};
+    const int64_t padding_bytes = (padded - p.head_dim) * static_cast<int64_t>(sizeof(BFloat16));
+    for (int64_t i = 0; i < p.n_rows; i += 2) {
+      const Storage* rows[2] = {source_row<Storage>(p, i), source_row<Storage>(p, i + 1)};
+      BFloat16* target = packed + i * padded;
+      if (p.layout == PackedLayout::stack) {
+        stack_rows(rows[0], rows[1], p.head_dim, target);
+        std::memset(target + 2 * p.head_dim, 0, 2 * padding_bytes);
+        continue;
+      }
+      for (const Storage* row : rows) {
+        if (row == nullptr) {
+          std::memset(target, 0, p.head_dim * sizeof(BFloat16));
+        } else {
+          std::memcpy(target, row, p.head_dim * sizeof(BFloat16));
+        }
+        std::memset(target + p.head_dim, 0, padding_bytes);
+        target += padded;
+      }
     }
   } else {
     T* packed = static_cast<T*>(p.packed);
