@@ -1,14 +1,14 @@
 """Anchor attention: fused attention of token groups to the anchor groups that their pattern names."""
 
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from . import _library
 
 _library.load()
 
-from . import (  # noqa: E402
-    converters,
-    ops,  # noqa: F401
-    streaming,
-)
+from . import ops  # noqa: E402, F401
 from ._library import CpuInstructionSets, cpu_instruction_sets  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .functional import anchor_attention, merge_attention, rope, use_backend  # noqa: E402
@@ -32,6 +32,9 @@ from .modules import (  # noqa: E402
 )
 from .patterns import AttentionPattern, TokenSpec  # noqa: E402
 from .reference import anchor_attention_reference, rope_reference  # noqa: E402
+
+if TYPE_CHECKING:
+    from . import converters, streaming
 
 __all__ = [
     "AttentionConfig",
@@ -64,3 +67,10 @@ __all__ = [
     "streaming",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports these parts when they are first used: they take a third of the package's import time."""
+    if name in ("converters", "streaming"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
