@@ -1,6 +1,7 @@
 """Calls CMake, which is the one description of the build, and puts its library into the package."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +14,19 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Builds in build/cmake, which is kept: a second build compiles only what changed."""
+    """Builds in build/cmake, or where ANCHOR_ATTENTION_BUILD_DIRECTORY says.
+
+    The directory is kept: a second build compiles only what changed.
+    """
 
     def get_ext_filename(self, fullname: str) -> str:
         """Leaves out the suffix of Python's ABI, which the library has nothing to do with."""
         return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        build_directory = ROOT / "build" / "cmake"
+        build_directory = Path(os.environ.get("ANCHOR_ATTENTION_BUILD_DIRECTORY", ROOT / "build" / "cmake"))
         package_directory = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        options = [
-            f"-DPython3_EXECUTABLE={sys.executable}",
-            f"-DCMAKE_INSTALL_PREFIX={package_directory.parent}",
-        ]
+        options = [f"-DPython3_EXECUTABLE={sys.executable}"]
         for name in ("ANCHOR_ATTENTION_CUDA", "ANCHOR_ATTENTION_CUDA_ARCHS", "ANCHOR_ATTENTION_SANITIZE"):
             if name in os.environ:
                 options.append(f"-D{name}={os.environ[name]}")
@@ -33,7 +34,9 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build_directory), *options], check=True)
             subprocess.run(["cmake", "--build", str(build_directory), "--parallel", jobs], check=True)
-            subprocess.run(["cmake", "--install", str(build_directory)], check=True)
+            subprocess.run(
+                ["cmake", "--install", str(build_directory), "--prefix", str(package_directory.parent)], check=True
+            )
         except FileNotFoundError:
             raise SystemExit("anchor-attention: CMake is missing; install it with 'pip install cmake'") from None
 
@@ -43,6 +46,11 @@ class PlatformWheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
+
+    def run(self) -> None:
+        # setuptools keeps this directory and packs all that is in it: modules that have since been removed, too.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
 
 
 setup(
