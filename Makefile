@@ -3,7 +3,9 @@
 # make bench  the CPU benchmarks, into benchmarks/results
 # make docs   the documentation site, into build/docs
 # make gpu    everything that needs a GPU: tests, sanitizers, benchmarks (DRY_RUN=1: the same stages on the CPU)
-# Both set up all that they need: an environment where torch is importable is used, otherwise .venv is made.
+# make wheel  one wheel for every Python and torch, and the source distribution, into dist
+# make wheel-test   the wheel in fresh environments, with every torch and Python that can be had (gigabytes)
+# Each sets up all that it needs: an environment where torch is importable is used, otherwise .venv is made.
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
@@ -20,9 +22,9 @@ TORCH ?= $(if $(filter-out 0,$(HAS_GPU)),torch>=2.10,torch==2.13.0)
 # Programs that were installed beside the interpreter.
 BIN = $(shell dirname "$$(command -v $(PYTHON))")
 PIP := $(PYTHON) -m pip --disable-pip-version-check
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench docs gpu test-sanitizers test-aarch64 lint typecheck format clean help
+.PHONY: demo test bench docs gpu wheel wheel-test test-sanitizers test-aarch64 lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -67,6 +69,12 @@ docs: build/.runnable build/.docs-packages
 gpu: build/.complete build/.test-packages build/.bench-packages
 	$(PYTHON) -m benchmarks.gpu $(if $(DRY_RUN),--device cpu --quick) $(GPU_ARGS)
 
+wheel: build/.tools build/.wheel-packages
+	$(PYTHON) scripts/build_wheel.py dist
+
+wheel-test: wheel
+	$(PYTHON) scripts/test_wheel.py $$(ls -t dist/*.whl | head -n 1)
+
 # Neither needs torch.
 test-sanitizers:
 	scripts/test_sanitizers.sh
@@ -77,7 +85,7 @@ test-aarch64:
 lint: build/.tools build/.dev-packages
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
+	find csrc tests examples \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
 
 typecheck: build/.tools build/.dev-packages
 	$(PYTHON) -m mypy
@@ -85,7 +93,7 @@ typecheck: build/.tools build/.dev-packages
 format: build/.tools build/.dev-packages
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	find csrc tests \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format -i
+	find csrc tests examples \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format -i
 
 clean:
-	rm -rf build python/anchor_attention/*.so python/*.egg-info
+	rm -rf build dist python/anchor_attention/*.so python/anchor_attention/share python/*.egg-info
