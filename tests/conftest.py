@@ -13,6 +13,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # The emulator executes what nvcc makes of the CUDA kernels: no compiler, nothing to execute.
 NEED_NVCC = (
+    "test_cuda_host.py",
     "test_cuda_library.py",
     "test_cuda_kernels.py",
     "test_cuda_plans.py",
