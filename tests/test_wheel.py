@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from scripts import test_wheel as matrix
+from scripts.build_wheel import tool_environment
 
 import anchor_attention
 from tests.installation import ROOT, installation
@@ -98,7 +99,8 @@ def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
         assert (tree / source.relative_to(ROOT)).read_bytes() == source.read_bytes()
     assert not list(tree.rglob("*.so"))
     options = [f"-DPython3_EXECUTABLE={sys.executable}", "-DANCHOR_ATTENTION_CUDA=OFF"]
-    subprocess.run(["cmake", "-S", tree, "-B", tmp_path / "build", *options], check=True, capture_output=True)
+    command = ["cmake", "-S", tree, "-B", tmp_path / "build", *options]
+    subprocess.run(command, env=tool_environment(), check=True, capture_output=True)
 
 
 def test_the_table_of_environments_comes_from_its_raw_file() -> None:
