@@ -9,9 +9,9 @@ import torch
 from . import native
 
 
-@pytest.fixture(scope="module")
-def module() -> object:
-    return native.load()
+@pytest.fixture(scope="module", params=["portable", "this processor's"])
+def module(request: pytest.FixtureRequest) -> object:
+    return native.load(*([] if request.param == "portable" else ["-march=native"]))
 
 
 def test_exp2_is_as_exact_as_it_says(module: object) -> None:

@@ -23,9 +23,10 @@ HEADERS = (
 )
 
 
-def load() -> ModuleType:
-    """Compiles the module where its sources have changed, and imports it."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES + HEADERS)).hexdigest()[:16]
+def load(*flags: str) -> ModuleType:
+    """Compiles the module with further flags where its sources have changed, and imports it."""
+    sources = b"".join(path.read_bytes() for path in SOURCES + HEADERS)
+    digest = hashlib.sha256(sources + " ".join(flags).encode()).hexdigest()[:16]
     library = ROOT / "build" / "native" / digest / f"anchor_attention_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +34,7 @@ def load() -> ModuleType:
         subprocess.run(
             [
                 os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-Wall", "-Wextra", "-shared", "-fPIC",
-                "-fvisibility=hidden", f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}",
+                "-fvisibility=hidden", *flags, f"-I{ROOT / 'csrc'}", f"-I{pybind11.get_include()}",
                 f"-I{sysconfig.get_path('include')}", *map(str, SOURCES), "-o", str(unfinished),
             ],
             check=True,
