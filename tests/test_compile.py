@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from anchor_attention import (
     CrossAnchorAttention,
@@ -284,6 +286,28 @@ def test_activation_checkpointing(use_reentrant: bool, compiled: bool) -> None:
     y.square().mean().backward()
     for tensor, grad in zip((x, *module.parameters()), expected, strict=True):
         torch.testing.assert_close(tensor.grad, grad, **CLOSE)
+
+
+def test_selective_checkpointing_keeps_the_attention() -> None:
+    """What the operation returned is kept where the policy says so, and it is not computed again."""
+    module, x, token_specs = one_module_call()
+    operation = torch.ops.anchor_attention.attention.default
+    keep = partial(create_selective_checkpoint_contexts, [operation])
+    expected = gradients(module(x, token_specs), x, *module.parameters())
+    calls: list[object] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    for context_fn, n_calls in ((noop_context_fn, 2), (keep, 1)):
+        calls.clear()
+        with Calls():
+            y = checkpoint(module, x, token_specs, use_reentrant=False, context_fn=context_fn)
+            actual = gradients(y, x, *module.parameters())
+        assert calls.count(operation) == n_calls
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
