@@ -123,7 +123,7 @@ def markdown(results: dict[str, Any]) -> str:
     load_before, load_after = results["load_average"]
     lines = [f"{key}: {value}  " for key, value in results["environment"].items()]
     lines += [
-        f"load average before and after: {load_before:.2f}, {load_after:.2f}  ",
+        f"load average before and after: {load_before:.2f}, {load_after:.2f}; niceness {results['niceness']}  ",
         f"rounds: {results['rounds']} of {results['calls']} calls  ",
         "",
         f"{TOKENS} queries, {ANCHORS} keys, {HEADS} head of {HEAD_DIM}, float32. Medians (quartiles) over the rounds; "
@@ -151,8 +151,8 @@ def _cell(values: list[float]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Measures and writes."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_overhead", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=101)
-    parser.add_argument("--calls", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=51)
+    parser.add_argument("--calls", type=int, default=100)
     parser.add_argument("--out", type=Path, help="folder of the results; that of the device when left out")
     options = parser.parse_args(arguments)
     machine = environment(threads=1)
@@ -161,6 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = {
         "environment": machine,
         "load_average": [before, os.getloadavg()[0]],
+        "niceness": os.nice(0),
         "rounds": options.rounds,
         "calls": options.calls,
         "microseconds": {name: [round(value, 3) for value in values] for name, values in microseconds.items()},

@@ -12,13 +12,13 @@ from anchor_attention.benchmark import ratios
 
 # About twice what a quiet machine shows. The lower quartile, so that neighbours on the machine can't fail it.
 BOUNDS = {
-    "operation forward": 4.0,
-    "functional forward": 3.5,
-    "functional forward, recorded": 7.0,
-    "functional forward + backward": 3.5,
-    "functional forward, rotated": 5.0,
-    "module forward": 4.0,
-    "module forward + backward": 5.0,
+    "operation forward": 3.0,
+    "functional forward": 2.2,
+    "functional forward, recorded": 2.7,
+    "functional forward + backward": 2.5,
+    "functional forward, rotated": 3.0,
+    "module forward": 3.4,
+    "module forward + backward": 3.7,
 }
 
 
