@@ -73,6 +73,7 @@ wheel: build/.tools build/.wheel-packages
 	$(PYTHON) scripts/build_wheel.py dist
 
 wheel-test: wheel
+	PATH="$(BIN):$$PATH" $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/from-sdist $$(ls -t dist/*.tar.gz | head -n 1)
 	$(PYTHON) scripts/test_wheel.py $$(ls -t dist/*.whl | head -n 1)
 
 # Neither needs torch.

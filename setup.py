@@ -40,6 +40,15 @@ class CMakeBuild(build_ext):
         except FileNotFoundError:
             raise SystemExit("anchor-attention: CMake is missing; install it with 'pip install cmake'") from None
 
+    def copy_extensions_to_source(self) -> None:
+        """Puts what CMake installs beside the library into the source tree, too, for an editable installation."""
+        super().copy_extensions_to_source()
+        shutil.copytree(
+            Path(self.build_lib) / "anchor_attention" / "share",
+            ROOT / "python" / "anchor_attention" / "share",
+            dirs_exist_ok=True,
+        )
+
 
 class PlatformWheel(bdist_wheel):
     """The library knows neither Python nor its ABI: one wheel serves every version."""

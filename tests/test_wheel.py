@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -84,6 +86,30 @@ def test_without_an_installation_there_is_no_cmake_prefix(tmp_path: Path, monkey
     monkeypatch.setattr(anchor_attention._library, "__file__", str(module))
     with pytest.raises(FileNotFoundError, match=rf"{tmp_path}/anchor_attention has no share/cmake.*pip install"):
         anchor_attention._library.cmake_prefix()
+
+
+def test_an_editable_installation_has_a_cmake_prefix(tmp_path: Path) -> None:
+    """What CMake installs gets into the source tree; a stand-in for CMake builds nothing."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(PACKAGE, tmp_path / "python" / "anchor_attention", ignore=shutil.ignore_patterns("*.so", "share"))
+    cmake = tmp_path / "bin" / "cmake"
+    cmake.parent.mkdir()
+    cmake.write_text(
+        """#!/bin/sh
+[ "$1" = --install ] || exit 0
+mkdir -p "$4/anchor_attention/share/cmake/anchor_attention"
+touch "$4/anchor_attention/libanchor_attention.so"
+touch "$4/anchor_attention/share/cmake/anchor_attention/anchor_attention-config.cmake"
+"""
+    )
+    cmake.chmod(0o755)
+    environment = os.environ | {"PATH": f"{cmake.parent}{os.pathsep}{os.environ['PATH']}"}
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    package = tmp_path / "python" / "anchor_attention"
+    assert (package / "libanchor_attention.so").is_file()
+    assert (package / "share" / "cmake" / "anchor_attention" / "anchor_attention-config.cmake").is_file()
 
 
 def test_the_source_distribution_is_complete(tmp_path: Path) -> None:
