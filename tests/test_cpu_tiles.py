@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +77,40 @@ def test_model_refuses_what_the_processor_would(
 def test_model_refuses_tiles_without_configuration(module: object) -> None:
     with pytest.raises(RuntimeError, match="no tiles are configured"):
         module.use_unconfigured_tile()
+
+
+def _instructions(path: Path) -> dict[str, list[str]]:
+    """The instructions of each function of an object file, as the disassembler prints them."""
+    printed = subprocess.run(["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True)
+    functions: dict[str, list[str]] = {}
+    for line in printed.stdout.splitlines():
+        if name := re.search(r"<(\w+)>:$", line):
+            instructions = functions.setdefault(name[1], [])
+        elif "\t" in line:
+            instructions.append(line.split("\t", 1)[1].strip())
+    return functions
+
+
+@pytest.mark.xfail(platform.machine() != "x86_64", reason="the compiler knows no tiles", strict=True)
+def test_assembly_is_what_the_intrinsics_make(tmp_path: Path) -> None:
+    """Nothing but the object code shows it where the processor has no tiles."""
+    out = tmp_path / "tile_encodings.o"
+    flags = ["-std=c++20", "-O2", "-march=sapphirerapids", f"-I{ROOT / 'csrc'}", "-DANCHOR_ATTENTION_ISA=encodings"]
+    source = ROOT / "tests" / "native" / "tile_encodings.cpp"
+    subprocess.run([os.environ.get("CXX", "c++"), *flags, "-c", str(source), "-o", str(out)], check=True)
+    # What follows an operation and its return is padding.
+    code = {name: instructions[:2] for name, instructions in _instructions(out).items()}
+    mnemonics = {
+        "configure": "ldtilecfg",
+        "release": "tilerelease",
+        "zero": "tilezero",
+        "load": "tileloadd",
+        "store": "tilestored",
+        "multiply_add": "tdpbf16ps",
+    }
+    for name, mnemonic in mnemonics.items():
+        assert code[f"ours_{name}"][0].split()[0] == mnemonic
+        assert code[f"ours_{name}"] == code[f"theirs_{name}"]
 
 
 @pytest.fixture(scope="module")
