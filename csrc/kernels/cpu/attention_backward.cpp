@@ -60,18 +60,23 @@ std::vector<int32_t> split_keys(const CompactedKeys& keys, int64_t n) {
 }
 
 // The heads are worked on one after the other, so that packed keys and sums exist for one of them at a time; or in
-// groups of as many as it takes to keep the threads busy between two meetings. The last group's end is the last bound.
+// groups of as many as it takes to keep the threads busy between two meetings, of which there are as many as threads.
+// The last group's end is the last bound.
 std::vector<int64_t> group_planes(const AttentionParams& p, const Schedule& schedule, int64_t tile_queries,
                                   int64_t threads) {
-  constexpr double kMinOperations = 2e7;  // of a thread
+  constexpr double kMinOperations = 5e7;  // of a thread between two meetings: some tenths of a millisecond
   constexpr double kMinTiles = 8;         // of a thread: a tile more or less is then a small difference
+  const double min_operations = kMinOperations * static_cast<double>(threads * threads);
+  const double min_tiles = kMinTiles * static_cast<double>(threads);
   const Planes all = schedule.all_planes();
   std::vector<int64_t> bounds{all.begin};
-  for (int64_t plane = all.begin + 1; plane < all.end; ++plane) {
-    const Planes group{bounds.back(), plane};
-    const double tiles = static_cast<double>((group.end - group.begin) * p.n_queries) / tile_queries;
-    const bool busy = schedule.operations(group, kOperationsPerScore) >= kMinOperations * threads;
-    if (threads == 1 || (busy && tiles >= kMinTiles * threads)) bounds.push_back(plane);
+  double operations = 0, tiles = 0;
+  for (int64_t plane = all.begin; plane + 1 < all.end; ++plane) {
+    operations += schedule.operations({plane, plane + 1}, kOperationsPerScore);
+    tiles += static_cast<double>(p.n_queries) / static_cast<double>(tile_queries);
+    if (threads > 1 && (operations < min_operations || tiles < min_tiles)) continue;
+    bounds.push_back(plane + 1);
+    operations = tiles = 0;
   }
   if (all.end > all.begin) bounds.push_back(all.end);
   return bounds;

@@ -34,6 +34,7 @@ Schedule::Schedule(const AttentionParams& p, const ProductKernels& kernels)
   for (int64_t b = 0; b < n_layouts; ++b) {
     const bool* mask = p.key_mask == nullptr ? nullptr : p.key_mask + b * p.key_mask_batch_stride;
     layouts_.push_back(compact_keys(p.table, mask, p.n_keys, alignment_));
+    areas_.push_back(static_cast<double>(layouts_.back().table.area()));
   }
   first_rows_.push_back(0);
   for (int64_t plane = 0; plane < p.batch * p.heads; ++plane) {
@@ -44,7 +45,7 @@ Schedule::Schedule(const AttentionParams& p, const ProductKernels& kernels)
 double Schedule::operations(Planes planes, double operations_per_score) const {
   double area = 0;
   for (int64_t plane = planes.begin; plane < planes.end; ++plane) {
-    area += static_cast<double>(keys(plane / params_.heads).table.area());
+    area += areas_[layout(plane / params_.heads)];
   }
   return operations_per_score * area * static_cast<double>(params_.head_dim);
 }

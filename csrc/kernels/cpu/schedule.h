@@ -77,6 +77,7 @@ class Schedule {
   int64_t packed_row_bytes_;
   int64_t sum_row_bytes_;
   std::vector<CompactedKeys> layouts_;
+  std::vector<double> areas_;        // of each layout
   std::vector<int64_t> first_rows_;  // of each plane, and behind the last one
 };
 
