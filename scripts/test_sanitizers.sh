@@ -26,7 +26,8 @@ fi
 
 # check SANITIZER PROBLEMS_PER_TYPE SETS FLAGS...
 check() {
-  local sanitizer="$1" problems="$2" sets="$3" out="build/sanitizers/$1" apply="" apply_tiles="" objects=() jobs=() isa
+  local sanitizer="$1" problems="$2" sets="$3" out="build/sanitizers/$1"
+  local apply="" apply_tiles="" objects=() jobs=() isa object
   shift 3
   local options=("${common[@]}" "-fsanitize=$sanitizer" -fno-sanitize-recover=all "$@")
   mkdir -p "$out"
@@ -39,12 +40,14 @@ check() {
     fi
     apply+=" apply($isa)"
     for step in "${steps[@]}"; do
-      jobs+=("${options[*]} ${flags[$isa]} -DANCHOR_ATTENTION_ISA=$isa -c csrc/kernels/cpu/$step.cpp -o $out/$isa-$step.o")
-      objects+=("$out/$isa-$step.o")
+      object="$out/$isa-$step.o"
+      jobs+=("${options[*]} ${flags[$isa]} -DANCHOR_ATTENTION_ISA=$isa -c csrc/kernels/cpu/$step.cpp -o $object")
+      objects+=("$object")
     done
   done
   printf '%s\n' "${jobs[@]}" | xargs -P "$(nproc)" -I{} sh -c '$compiler {}'
-  "$compiler" "${options[@]}" "-DANCHOR_ATTENTION_ISAS(apply)=$apply" "-DANCHOR_ATTENTION_TILE_ISAS(apply)=$apply_tiles" \
+  "$compiler" "${options[@]}" "-DANCHOR_ATTENTION_ISAS(apply)=$apply" \
+    "-DANCHOR_ATTENTION_TILE_ISAS(apply)=$apply_tiles" \
     "${generic[@]}" "${objects[@]}" -lpthread -o "$out/drive_kernels"
   for isa in $sets; do
     echo "== $sanitizer, $isa"
