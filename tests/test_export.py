@@ -197,6 +197,24 @@ def test_ranges_are_checked_when_the_program_runs() -> None:
             program(*functional_inputs(sizes, 1)[:3])
 
 
+class PairedRows(nn.Module):
+    """Makes its table in the graph: ranges with symbolic bounds, of which one is there twice."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n_queries, n_keys = q.shape[1], k.shape[1]
+        q_ranges = [[0, 2], [2, n_queries], [2, n_queries]]
+        table = KeyRangeTable.from_ranges(q_ranges, [[1, n_keys], [0, n_keys // 2], [0, n_keys]])
+        return anchor_attention(q, k, v, table)
+
+
+@torch.no_grad()
+def test_tables_of_paired_rows_are_made_in_the_graph() -> None:
+    program = saved_and_loaded(PairedRows(), functional_inputs((0, 7, 8), 2)[:3], FUNCTIONAL_SHAPES[:3])
+    check(
+        program.module(), PairedRows(), lambda sizes, batch: functional_inputs((0, sizes[1] + 2, sizes[2]), batch)[:3]
+    )
+
+
 class Everything(nn.Module):
     """What the other tests export, in one program, because a compilation takes its time. Half precision, too."""
 

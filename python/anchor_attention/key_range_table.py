@@ -132,16 +132,18 @@ class KeyRangeTable:
             raise ValueError(
                 f"q_ranges and k_ranges must have equally many rows, got {len(query_rows)} and {len(key_rows)}"
             )
-        groups: dict[Slice, list[int]] = {}
+        groups: dict[tuple[int | str, ...], tuple[Slice, list[int]]] = {}
         for query, key in zip(query_rows, key_rows, strict=True):
-            groups.setdefault(query, []).extend(key)
+            # Symbolic numbers have no hash: they are the same where their expressions are.
+            name = tuple(bound if type(bound) is int else str(bound) for bound in query)
+            groups.setdefault(name, (query, []))[1].extend(key)
         k_offsets = [0]
-        for keys in groups.values():
+        for _, keys in groups.values():
             k_offsets.append(k_offsets[-1] + len(keys) // 2)
         return cls(
-            (bound for query in groups for bound in query),
+            (bound for query, _ in groups.values() for bound in query),
             k_offsets,
-            (bound for keys in groups.values() for bound in keys),
+            (bound for _, keys in groups.values() for bound in keys),
         )
 
     @classmethod
@@ -315,6 +317,9 @@ def _named_slice(slices: Mapping[str, Slice], name: str) -> Slice:
 
 
 def _integers(name: str, numbers: Any) -> list[int]:
+    # What is written as numbers stays numbers while torch traces: what is read from a tensor would be unknown.
+    if isinstance(numbers, (list, tuple)) and all(type(number) in (int, torch.SymInt) for number in numbers):
+        return list(numbers)
     tensor = torch.as_tensor(numbers)
     if tensor.numel() == 0:
         return []
@@ -324,12 +329,15 @@ def _integers(name: str, numbers: Any) -> list[int]:
 
 
 def _rows(name: str, ranges: Any) -> list[Slice]:
-    tensor = torch.as_tensor(ranges)
-    if tensor.numel() == 0:
-        return []
-    if tensor.dim() != 2 or tensor.size(1) != 2:
-        raise ValueError(f"{name} must have shape (n, 2), got {tuple(tensor.shape)}")
-    numbers = _integers(name, tensor.flatten())
+    if isinstance(ranges, (list, tuple)) and all(isinstance(row, (list, tuple)) and len(row) == 2 for row in ranges):
+        numbers = _integers(name, [bound for row in ranges for bound in row])
+    else:
+        tensor = torch.as_tensor(ranges)
+        if tensor.numel() == 0:
+            return []
+        if tensor.dim() != 2 or tensor.size(1) != 2:
+            raise ValueError(f"{name} must have shape (n, 2), got {tuple(tensor.shape)}")
+        numbers = _integers(name, tensor.flatten())
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
