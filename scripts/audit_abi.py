@@ -1,12 +1,13 @@
 """Audits what the library asks of its surroundings: only the stable ABI of libtorch, and system libraries of some age.
 
-Usage: python scripts/audit_abi.py [LIBRARY]   (default: the library of the installed package)
+Usage: python scripts/audit_abi.py [LIBRARY] [--glibc 2.34]   (default: the library of the installed package)
 
 Prints every undefined symbol's kind and count, and ends with status 1 if one is not allowed.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -23,13 +24,10 @@ STABLE_PREFIXES = {
     "__cxa_finalize": "GCC's weak call of destructors on unloading",
 }
 
-# The newest versions that manylinux_2_34 allows (PEP 600; GCC 11).
-NEWEST_VERSIONS = {
-    "GLIBC": (2, 34),
-    "GLIBCXX": (3, 4, 29),
-    "CXXABI": (1, 3, 13),
-    "GCC": (7, 0, 0),
-}
+# Families of symbol versions that a wheel may ask for. How new those of GCC may be beside a glibc is for auditwheel to
+# say, which gives the wheel its tag.
+GLIBC = "GLIBC"
+GCC_FAMILIES = ("GLIBCXX", "CXXABI", "GCC")
 
 # libtorch_cpu.so has the stable interface in every build of torch; the CUDA runtime is linked in statically.
 NEEDED_LIBRARIES = re.compile(r"lib(torch_cpu|stdc\+\+|m|gcc_s|c|dl|rt|pthread)\.so(\.\d+)?|ld-linux-[\w-]+\.so\.\d+")
@@ -50,18 +48,21 @@ def needed_libraries(library: Path) -> list[str]:
     return re.findall(r"\(NEEDED\).*\[(.+)\]", _output("readelf", "-d", str(library)))
 
 
-def audit(library: Path) -> tuple[Counter[str], list[str]]:
+def audit(library: Path, newest_glibc: tuple[int, ...]) -> tuple[Counter[str], list[str]]:
     """Returns how many symbols each rule allows, and what no rule does."""
     allowed: Counter[str] = Counter()
     findings = []
     for name, version in undefined_symbols(library):
         if version:
             family, _, numbers = version.partition("_")
-            newest = NEWEST_VERSIONS.get(family)
-            if newest is None or tuple(int(number) for number in numbers.split(".")) > newest:
-                findings.append(f"{name} needs {version}")
+            # Not GLIBC_PRIVATE, which belongs to one glibc.
+            is_number = re.fullmatch(r"[\d.]+", numbers) is not None
+            if family == GLIBC and is_number and tuple(map(int, numbers.split("."))) <= newest_glibc:
+                allowed[f"{GLIBC} ≤ {'.'.join(map(str, newest_glibc))}"] += 1
+            elif family in GCC_FAMILIES:
+                allowed[family] += 1
             else:
-                allowed[f"{family} ≤ {'.'.join(map(str, newest))}"] += 1
+                findings.append(f"{name} needs {version}")
             continue
         prefix = next((prefix for prefix in STABLE_PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
@@ -79,13 +80,16 @@ def _output(*command: str) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        library = Path(sys.argv[1])
-    else:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("library", nargs="?", type=Path)
+    parser.add_argument("--glibc", default="2.34", help="the oldest that the library must run with")
+    arguments = parser.parse_args()
+    library = arguments.library
+    if library is None:
         from anchor_attention._library import library_path
 
         library = library_path()
-    allowed, findings = audit(library)
+    allowed, findings = audit(library, tuple(int(number) for number in arguments.glibc.split(".")))
     for rule, count in sorted(allowed.items()):
         print(f"{count:4d}  {rule}")
     for finding in findings:
