@@ -12,6 +12,7 @@ from .errors import (
     DeadlockError,
     DivergenceError,
     EmulatorError,
+    MbarrierError,
     MisalignedError,
     OutOfBoundsError,
     PtxSyntaxError,
@@ -21,6 +22,7 @@ from .errors import (
     UnsupportedInstructionError,
 )
 from .launch import KernelInfo, Memory, Module
+from .tensor_map import TensorMap, encode_tensor_map
 
 __all__ = [
     "Counters",
@@ -29,13 +31,16 @@ __all__ = [
     "EmulatorError",
     "InstructionCount",
     "KernelInfo",
+    "MbarrierError",
     "Memory",
     "MisalignedError",
     "Module",
     "OutOfBoundsError",
     "PtxSyntaxError",
     "RaceError",
+    "TensorMap",
     "TrapError",
     "UninitializedReadError",
     "UnsupportedInstructionError",
+    "encode_tensor_map",
 ]

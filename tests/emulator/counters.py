@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from .lower import Location, LoweredKernel
 
-_COLUMNS = ("warps", "threads", "requests", "shared_wavefronts", "ideal_wavefronts", "global_sectors")
+_COLUMNS = ("warps", "threads", "requests", "shared_wavefronts", "ideal_wavefronts", "global_sectors",
+            "bulk_bytes")  # fmt: skip
+_WARPS_PER_GROUP = 4
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class InstructionCount:
     shared_wavefronts: int
     ideal_wavefronts: int
     global_sectors: int
+    bulk_bytes: int
 
 
 class Counters:
@@ -60,12 +63,17 @@ class Counters:
         return dict(result)
 
     def tensor_core(self) -> dict[str, int]:
-        """mma instructions by shape and types, such as `m16n8k16.f32.bf16.bf16.f32`."""
+        """mma instructions of warps and wgmma instructions of warpgroups by shape and types.
+
+        Such as `m16n8k16.f32.bf16.bf16.f32` and `m64n128k16.f32.bf16.bf16`.
+        """
         result: Counter[str] = Counter()
         for operation, n in self.by_operation().items():
             words = operation.split(".")
             if words[0] == "mma":
                 result[".".join([words[3], *words[6:]])] += n
+            elif words[:2] == ["wgmma", "mma_async"]:
+                result[".".join(words[4:])] += n // _WARPS_PER_GROUP
         return dict(result)
 
     def shared_memory(self) -> dict[str, dict[str, int]]:

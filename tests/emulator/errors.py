@@ -16,7 +16,7 @@ class UnsupportedInstructionError(EmulatorError):
 
 
 class RaceError(EmulatorError):
-    """Two threads access the same shared memory, one of them writes, and nothing orders them."""
+    """Two accesses of the same memory or register, one of them a write or asynchronous, that nothing orders."""
 
 
 class OutOfBoundsError(EmulatorError):
@@ -24,7 +24,7 @@ class OutOfBoundsError(EmulatorError):
 
 
 class UninitializedReadError(EmulatorError):
-    """A read of memory that nothing has written, or that an unfinished `cp.async` is writing."""
+    """A read of memory that nothing has written, or that an unfinished copy is writing."""
 
 
 class MisalignedError(EmulatorError):
@@ -37,6 +37,10 @@ class DeadlockError(EmulatorError):
 
 class DivergenceError(EmulatorError):
     """A collective instruction that some of its threads do not execute."""
+
+
+class MbarrierError(EmulatorError):
+    """An mbarrier that was not initialised, gets more arrivals than it waits for, or loses count of its bytes."""
 
 
 class TrapError(EmulatorError):

@@ -9,15 +9,18 @@ from numpy.typing import DTypeLike
 
 from . import cuda_driver
 from .launch import Dim, Memory, Module
+from .tensor_map import TensorMap
 
 # The hardware proves the emulator: where there is a GPU, every conformance test runs on both.
 DEVICES = ("emulated", "cuda") if cuda_driver.available() else ("emulated",)
+# sm_90a code runs on compute capability 9.0 only.
+HOPPER_DEVICES = ("emulated", "cuda") if cuda_driver.compute_capability() == (9, 0) else ("emulated",)
 
 _PREAMBLE = """
 .version {version}
 .target {target}
 .address_size 64
-.visible .entry program({parameters})
+.visible .entry program({parameters}){directives}
 {{
 .reg .pred %p<16>;
 .reg .b16 %h<16>;
@@ -26,17 +29,23 @@ _PREAMBLE = """
 .reg .f32 %f<32>;
 .reg .f64 %fd<16>;
 .reg .b32 %thread, %byte;
-.reg .b64 %wide;
+.reg .b64 %wide, %map<4>;
 mov.u32 %thread, %tid.x;
 """
 
 
-def program(body: str, n_pointers: int, target: str = "sm_80") -> str:
-    """PTX text of a kernel `program` whose parameters are pointers; they arrive in %rd0, %rd1, …; %thread is set."""
-    parameters = ", ".join(f".param .u64 p{i}" for i in range(n_pointers))
+def program(body: str, n_pointers: int, target: str = "sm_80", n_maps: int = 0, directives: str = "") -> str:
+    """PTX text of a kernel `program` whose parameters are pointers, then tensor maps.
+
+    The pointers arrive in %rd0, %rd1, …, the addresses of the maps in %map0, …; %thread is set.
+    """
+    parameters = [f".param .u64 p{i}" for i in range(n_pointers)]
+    parameters += [f".param .align 64 .b8 m{i}[128]" for i in range(n_maps)]
     loads = "".join(f"ld.param.u64 %rd{i}, [p{i}];\n" for i in range(n_pointers))
+    loads += "".join(f"mov.b64 %map{i}, m{i};\ncvta.param.u64 %map{i}, %map{i};\n" for i in range(n_maps))
     version = "7.8" if target == "sm_80" else "8.1"
-    return _PREAMBLE.format(version=version, target=target, parameters=parameters) + loads + body + "\nret;\n}\n"
+    head = _PREAMBLE.format(version=version, target=target, parameters=", ".join(parameters), directives=directives)
+    return head + loads + body + "\nret;\n}\n"
 
 
 _REGISTERS = {1: "%h", 2: "%h", 4: "%r", 8: "%rd"}
@@ -71,15 +80,28 @@ def elementwise(instruction: str, inputs: Sequence[str], output: str, target: st
 
 
 def run(
-    text: str, arrays: Sequence[np.ndarray], block: Dim, grid: Dim = 1, shared_bytes: int = 0, device: str = "emulated"
+    text: str,
+    arrays: Sequence[np.ndarray],
+    block: Dim,
+    grid: Dim = 1,
+    shared_bytes: int = 0,
+    device: str = "emulated",
+    maps: Sequence[tuple[int, TensorMap]] = (),
+    seed: int = 0,
+    kernel: str = "program",
 ) -> None:
-    """Run `program` of a PTX text; the arrays are its pointers and are updated in place."""
+    """Run a kernel of a PTX text; the arrays are its pointers and are updated in place.
+
+    maps: the index of an array and the tensor map that begins at its first element.
+    """
     if device == "cuda":
-        cuda_driver.launch(text, "program", arrays, block, grid, shared_bytes)
+        cuda_driver.launch(text, kernel, arrays, block, grid, shared_bytes, maps)
         return
     memory = Memory()
     addresses = [memory.register(array, f"array {i}", writable=True) for i, array in enumerate(arrays)]
-    Module.from_ptx(text).launch("program", grid, block, shared_bytes, addresses, memory)
+    encoded = [tensor_map.encode(addresses[i]) for i, tensor_map in maps]
+    module = Module.from_ptx(text)
+    module.launch(kernel, grid, block, shared_bytes, [*addresses, *encoded], memory, seed=seed)
 
 
 def apply(

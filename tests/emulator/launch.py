@@ -32,6 +32,7 @@ _FAULTS: tuple[type[EmulatorError], ...] = (
     errors.DivergenceError,
     errors.TrapError,
     errors.UnsupportedInstructionError,
+    errors.MbarrierError,
 )
 _MAX_THREADS = 1024
 Dim = int | Sequence[int]

@@ -13,8 +13,21 @@ from numpy.typing import NDArray
 from .build import native
 from .errors import UnsupportedInstructionError
 from .ptx import TYPE_BYTES, InstructionText, KernelText, ModuleText, Scope, Variable, split_operands
+from .register_use import Virtual, async_registers_of, mentions_of, tracked_by
 from .registers import assign_rows
-from .signatures import ADDRESS, LABEL, OPTIONAL, PREDICATE, VECTOR, WITH_PREDICATE, Signature, signature
+from .signatures import (
+    ADDRESS,
+    INTEGER,
+    LABEL,
+    OPTIONAL,
+    PREDICATE,
+    TENSOR,
+    VECTOR,
+    WITH_PREDICATE,
+    Signature,
+    signature,
+    warpgroup_multiply,
+)
 
 _SPECIAL = (
     *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"),
@@ -24,15 +37,17 @@ _SPECIAL = (
 )
 _CLOCKS = {"%clock": "clock.u32", "%clock64": "clock.u64", "%globaltimer": "clock.u64"}
 _ADDRESS = re.compile(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+))?\s*\]$")
+_TENSOR = re.compile(r"\[\s*([^,\]]+?)\s*,\s*(\{[^}]*\})\s*\]$")
 _INTEGER = re.compile(r"-?(0[xX][0-9a-fA-F]+|0[bB][01]+|\d+)U?$")
 _DECIMAL = re.compile(r"-?\d+\.\d*([eE][-+]?\d+)?$")
 _NO_ROW = -1
 ABSENT = "absent"
-_WITHOUT_RESULT = frozenset(("st", "red", "bra", "cp", "exit", "ret", "trap", "fence", "no_effect", "stmatrix"))
-
-
-class Virtual(int):
-    """The number of a virtual register or constant that has no row yet."""
+_SM_90A = re.compile(r"wgmma\.|setmaxnreg\.")
+_SM_90 = re.compile(
+    r"cp(\.reduce)?\.async\.bulk|fence\.(proxy\.async|mbarrier_init)"
+    r"|mbarrier\.(try_wait|expect_tx|complete_tx|arrive\.expect_tx)"
+)
+_REGISTER_FILE = 65536
 
 
 @dataclass(frozen=True)
@@ -226,6 +241,22 @@ class _Lowering:
             raise self.fail(f"address register {base} of type .{type_name}")
         return [self.register(base, type_name, 0), int(TYPE_BYTES[type_name] == 8), offset]
 
+    def tensor(self, text: str, rank: int) -> list[int]:
+        match = _TENSOR.match(text)
+        if not match:
+            raise self.fail(f"cannot read the tensor coordinates {text!r}")
+        if "+" in match.group(1):
+            raise self.fail("an offset from the address of a tensor map")
+        coordinates = self.vector(match.group(2), "s32", 0)
+        if len(coordinates) != rank:
+            raise self.fail(f"{len(coordinates)} coordinates for {rank} dimensions")
+        return [*self.address(f"[{match.group(1)}]"), *coordinates]
+
+    def integer(self, text: str) -> int:
+        if not _INTEGER.match(text):
+            raise self.fail(f"{text!r} is not an integer")
+        return int(text, 0)
+
     def vector(self, text: str, type_name: str, widest: int) -> list[int]:
         parts = split_operands(text.strip()[1:-1]) if text.startswith("{") else [text]
         return [self.register(part, type_name, widest) for part in parts]
@@ -273,6 +304,10 @@ class _Lowering:
                 result.append(_NO_ROW)
             elif plain == ADDRESS:
                 result += self.address(text)
+            elif plain.startswith(TENSOR):
+                result += self.tensor(text, int(plain.removeprefix(TENSOR)))
+            elif plain == INTEGER:
+                result.append(self.integer(text))
             elif plain == PREDICATE:
                 result.append(self.predicate(text))
             elif plain == WITH_PREDICATE:
@@ -289,13 +324,24 @@ class _Lowering:
             raise self.fail(f"unknown label {text!r}")
         return found[1]
 
+    def require_target(self, opcode: str) -> None:
+        """sm_90a code is for that architecture alone, which the letter says."""
+        target = self.module.target
+        if _SM_90A.match(opcode) and target != "sm_90a":
+            raise self.fail(f"target {target} in place of sm_90a")
+        if _SM_90.match(opcode) and int(re.sub(r"\D", "", target)) < 90:
+            raise self.fail(f"target {target} older than sm_90")
+
     def instruction(self, instruction: InstructionText) -> tuple[str, list[int], int]:
         """Operation, operands (Virtual where they are registers) and branch target."""
         self.current = instruction
         texts = instruction.operands
+        self.require_target(instruction.opcode)
         if instruction.opcode.split(".")[0] == "mov":
             operation, texts, classes = self.move(instruction)
             sig = Signature(operation, classes)
+        elif instruction.opcode.startswith("wgmma.mma_async") and len(texts) > 2:
+            sig = warpgroup_multiply(instruction.opcode, texts[1].startswith("{"))
         else:
             try:
                 sig = signature(instruction.opcode)
@@ -308,7 +354,11 @@ class _Lowering:
         if sig.operation == "no_effect":
             return sig.operation, [], 0
         operands = self.operands(texts, sig)
-        if len(sig.operands) > 2 and sig.operation.startswith("cp.async"):
+        if sig.operation.startswith("setmaxnreg"):
+            count = self.integer(texts[0])
+            if count % 8 or not 24 <= count <= 256:
+                raise self.fail(f"register count {count}, which must be a multiple of 8 from 24 to 256,")
+        if sig.operation in ("cp.async.ca.shared.global", "cp.async.cg.shared.global"):
             sizes = ("16",) if ".cg." in sig.operation else ("4", "8", "16")
             if texts[2] not in sizes:
                 raise self.fail(f"copy size {texts[2]}")
@@ -339,14 +389,18 @@ class _Lowering:
             guard = _NO_ROW
             if instruction.guard is not None:
                 guard = self.predicate(("!" if instruction.guard_negated else "") + instruction.guard)
-            wide = sum(1 << i for i, n in enumerate(operands) if isinstance(n, Virtual) and self.wide[n])
+            wide = sum(1 << i for i, n in enumerate(operands[:31]) if isinstance(n, Virtual) and self.wide[n])
             code[position, :4] = guard, target, wide, len(operands)
             operations.append(operation)
             lowered.append(operands)
-            mentions += _mentions(position, operation, operands, instruction.guard is not None)
+            mentions += mentions_of(position, operation, operands, instruction.guard is not None)
             if operation == "bra" and target <= position:
                 loops.append((target, position))
-        rows, n_rows = assign_rows(mentions, self.wide, list(self.constants.values()), loops, native().SPECIAL_ROWS)
+        constants = frozenset(self.constants.values())
+        async_registers = async_registers_of(operations, lowered, constants)
+        # A register that wgmma uses may be in use long after its last mention.
+        permanent = sorted(constants | async_registers)
+        rows, n_rows = assign_rows(mentions, self.wide, permanent, loops, native().SPECIAL_ROWS)
         for position, operands in enumerate(lowered):
             code[position, 4 : 4 + len(operands)] = [rows[n] if isinstance(n, Virtual) else n for n in operands]
         # Text that ends without a return ends the thread.
@@ -354,12 +408,20 @@ class _Lowering:
         operations.append("exit")
         locations = [self.location(instruction) for instruction in body]
         locations.append(Location(body[-1].line, None, "end of kernel"))
-        constants: dict[int, list[tuple[int, int]]] = {32: [], 64: []}
+        by_width: dict[int, list[tuple[int, int]]] = {32: [], 64: []}
         for (bits, width), number in self.constants.items():
-            constants[width].append((rows[number], bits))
+            by_width[width].append((rows[number], bits))
+        tracked: list[int] = []
+        tracked_ends: list[int] = []
+        moves: list[bool] = []
+        for operation, operands in zip(operations, [*lowered, []], strict=True):
+            entries, is_move = tracked_by(operation, operands, async_registers)
+            tracked += [rows[n] << 1 | written for n, written in entries]
+            tracked_ends.append(len(tracked))
+            moves.append(is_move)
         built = native().Kernel(
-            operations, code, n_rows, len(self.predicates) + 2, self.static_shared_end, self.local_bytes,
-            constants[32], constants[64],
+            operations, code, tracked, tracked_ends, moves, n_rows, len(self.predicates) + 2, self.static_shared_end,
+            self.local_bytes, _registers_per_thread(self.kernel), by_width[32], by_width[64],
         )  # fmt: skip
         static_bytes = self.static_shared_end - native().SHARED_BASE
         return LoweredKernel(
@@ -367,21 +429,15 @@ class _Lowering:
         )
 
 
-def _mentions(position: int, operation: str, operands: list[int], guarded: bool) -> list[tuple[int, int, bool]]:
-    """Registers that an instruction names; the flag marks those that it overwrites without reading them."""
-    words = operation.split(".")
-    if words[0] in _WITHOUT_RESULT or operation in ("bar.sync", "bar.arrive", "bar.warp.sync"):
-        n_results = 0
-    elif words[0] == "unpack":
-        n_results = int(words[1])
-    elif words[0] in ("ld", "ldmatrix"):
-        n_results = next((int(word[1:]) for word in words if word in ("v2", "v4", "x2", "x4")), 1)
-    else:
-        n_results = 1
-    read = {n for n in operands[n_results:] if isinstance(n, Virtual)}
-    result: list[tuple[int, int, bool]] = [(position, n, False) for n in read]
-    written = (n for n in operands[:n_results] if isinstance(n, Virtual) and n not in read)
-    return result + [(position, n, not guarded) for n in written]
+def _registers_per_thread(kernel: KernelText) -> int:
+    """What the launch bounds let the assembler use, 0 when there are none."""
+    if "maxnreg" in kernel.directives:
+        return kernel.directives["maxnreg"][0]
+    threads = kernel.directives.get("reqntid") or kernel.directives.get("maxntid")
+    if not threads:
+        return 0
+    blocks = kernel.directives.get("minnctapersm", (1,))[0]
+    return min(_REGISTER_FILE // (int(np.prod(threads)) * blocks) // 8 * 8, 255)
 
 
 @cache

@@ -17,6 +17,10 @@ LABEL = "label"
 PREDICATE = "pred"
 # `d|p`: a register or predicate, then a predicate; either may be absent.
 WITH_PREDICATE = "with predicate"
+# [address, {coordinates}]: a tensor map and where in the tensor; the number of coordinates follows.
+TENSOR = "tensor "
+# A literal integer.
+INTEGER = "integer"
 # An operand that may be left out at the end.
 OPTIONAL = "optional "
 # { } of registers; the type follows.
@@ -25,9 +29,14 @@ VECTOR = "vector "
 _CACHE_HINTS = re.compile(
     r"(ca|cg|cs|lu|cv|wb|wt|nc|weak|cta|cluster|gpu|sys|L1::(?!cache)\w+|L2::(64B|128B|256B|evict_\w+))$"
 )
+_SHARED = frozenset(("shared", "shared::cta", "shared::cluster"))
 _RELAXED_OR_SCOPE = frozenset(("relaxed", "cta", "cluster", "gpu", "sys"))
 _FENCE = re.compile(r"membar\.(cta|gl|sys)|fence(\.(sc|acq_rel|acquire|release))?\.(cta|cluster|gpu|sys)")
-_NO_EFFECT = re.compile(r"prefetchu?\.[\w.:]+|nanosleep\.u32|griddepcontrol\.(wait|launch_dependents)")
+_PROXY_FENCE = re.compile(r"fence\.proxy\.async(\.shared::(cta|cluster)|\.global)?")
+_NO_EFFECT = re.compile(
+    r"(prefetchu?|cp\.async\.bulk\.prefetch|createpolicy)\.[\w.:]+|nanosleep\.u32"
+    r"|griddepcontrol\.(wait|launch_dependents)"
+)
 _UNARY = frozenset(
     ("mov", "neg", "abs", "not", "cnot", "brev", "rcp", "sqrt", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh")
 )
@@ -92,6 +101,60 @@ def _copy_async(opcode: str, parts: list[str]) -> Signature:
     return Signature(".".join(kept), (ADDRESS, ADDRESS, "u32", OPTIONAL + "u32"))
 
 
+def _mbarrier(opcode: str, parts: list[str]) -> Signature:
+    dropped = ("release", "acquire", "cta", "cluster")
+    kept = [part for part in parts if part not in dropped and part not in _SHARED and part not in ("relaxed", "b64")]
+    order = ["relaxed"] if "relaxed" in parts else []
+    space = ["shared"] if _SHARED.intersection(parts) else []
+    operation = ".".join([*kept, *order, *space, "b64"])
+    kind = kept[1]
+    if kind in ("init", "expect_tx", "complete_tx"):
+        return Signature(operation, (ADDRESS, "u32"))
+    if kind == "inval":
+        return Signature(operation, (ADDRESS,))
+    if kind == "arrive":
+        return Signature(operation, ("b64", ADDRESS, "u32" if "expect_tx" in kept else OPTIONAL + "u32"))
+    if kind in ("test_wait", "try_wait"):
+        return Signature(operation, (PREDICATE, ADDRESS, "u32" if "parity" in kept else "b64", OPTIONAL + "u32"))
+    raise UnsupportedInstructionError(f"unsupported instruction {opcode}")
+
+
+def _bulk_copy(opcode: str, parts: list[str]) -> Signature:
+    if parts[-1] == "commit_group":
+        return Signature(opcode, ())
+    if "wait_group" in parts:
+        return Signature(opcode, ("u32",))
+    reduces = parts[1] == "reduce"
+    words = parts[(4 if reduces else 3) :]
+    spaces = [part for part in words if part in _SHARED or part == "global"]
+    tensor = words[0] == "tensor"
+    kept = [
+        part
+        for part in words
+        if part not in (*spaces, "tile", "bulk_group", "mbarrier::complete_tx::bytes", "L2::cache_hint")
+    ]
+    hint = (OPTIONAL + "b64",) if "L2::cache_hint" in parts else ()
+    loads = spaces[0] != "global"
+    completion = "mbarrier::complete_tx::bytes" if loads else "bulk_group"
+    if len(spaces) != 2 or completion not in parts or (loads and spaces[1] != "global"):
+        raise UnsupportedInstructionError(f"unsupported instruction {opcode}")
+    prefix = "cp.reduce.async.bulk" if reduces else "cp.async.bulk"
+    operation = ".".join([prefix, *kept, *(() if reduces else ("load" if loads else "store",))])
+    if tensor:
+        box = TENSOR + kept[1].removesuffix("d")
+        return Signature(operation, (ADDRESS, box, ADDRESS, *hint) if loads else (box, ADDRESS, *hint))
+    operands = (ADDRESS, ADDRESS, "u32", ADDRESS) if loads else (ADDRESS, ADDRESS, "u32")
+    return Signature(operation, (*operands, *hint))
+
+
+def warpgroup_multiply(opcode: str, a_in_registers: bool) -> Signature:
+    """wgmma.mma_async, whose operand A is four registers or a descriptor."""
+    transposes = not opcode.endswith(".tf32.tf32")
+    integers = 2 + (0 if not transposes else 1 if a_in_registers else 2)
+    a = VECTOR + "b32" if a_in_registers else "b64"
+    return Signature(opcode, (VECTOR + "f32", a, "b64", PREDICATE, *(INTEGER,) * integers))
+
+
 def _matrix_multiply(opcode: str, parts: list[str]) -> Signature:
     kinds = {"f16": "f16x2", "bf16": "bf16x2", "tf32": "b32", "f32": "f32"}
     if any(part not in kinds for part in parts[-4:]):
@@ -144,6 +207,18 @@ def signature(opcode: str) -> Signature:
         return Signature("no_effect", (OPTIONAL + "any", OPTIONAL + "any"))
     if _FENCE.fullmatch(opcode):
         return Signature("fence", ())
+    if _PROXY_FENCE.fullmatch(opcode):
+        return Signature(re.sub("::(cta|cluster)", "", opcode), ())
+    if opcode == "fence.mbarrier_init.release.cluster":
+        return Signature("fence.mbarrier_init", ())
+    if base == "mbarrier":
+        return _mbarrier(opcode, parts)
+    if base == "setmaxnreg" or opcode.startswith("wgmma.wait_group"):
+        return Signature(opcode, ("u32",))
+    if base == "wgmma":
+        return Signature(opcode, ())
+    if base == "cp" and "bulk" in parts[1:4]:
+        return _bulk_copy(opcode, parts)
     if base in ("ld", "ldu", "st"):
         return _memory(base, parts)
     if base in ("atom", "red"):

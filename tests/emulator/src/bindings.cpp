@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "machine.h"
 
 namespace py = pybind11;
@@ -12,33 +14,48 @@ namespace {
 
 // One row of lowered code: guard, target, wide operands, number of operands, operands.
 constexpr int kCodeColumns = 4 + kMaxOperands;
+// Operands up to here are there in every instruction; those that it does not have are kNoRow.
+constexpr int32_t kFewOperands = 16;
 using CodeArray = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
 
-Kernel make_kernel(const std::vector<std::string>& operations, const CodeArray& code, int32_t n_rows,
+// tracked: entries of all instructions behind each other; tracked_ends: where each instruction's end; moves: per
+// instruction, whether it only renames a register.
+Kernel make_kernel(const std::vector<std::string>& operations, const CodeArray& code, std::vector<int32_t> tracked,
+                   const std::vector<uint32_t>& tracked_ends, const std::vector<bool>& moves, int32_t n_rows,
                    int32_t n_predicates, uint32_t static_shared_end, uint32_t local_bytes,
-                   std::vector<std::pair<int32_t, uint32_t>> constants32,
+                   uint32_t registers_per_thread, std::vector<std::pair<int32_t, uint32_t>> constants32,
                    std::vector<std::pair<int32_t, uint64_t>> constants64) {
-  if (code.ndim() != 2 || code.shape(0) != static_cast<py::ssize_t>(operations.size()) ||
-      code.shape(1) != kCodeColumns) {
-    throw py::value_error("code must be (" + std::to_string(operations.size()) + ", " + std::to_string(kCodeColumns) +
-                          ")");
+  const size_t n = operations.size();
+  if (code.ndim() != 2 || code.shape(0) != static_cast<py::ssize_t>(n) || code.shape(1) != kCodeColumns ||
+      tracked_ends.size() != n || moves.size() != n) {
+    throw py::value_error("code must be (" + std::to_string(n) + ", " + std::to_string(kCodeColumns) + ")");
   }
-  Kernel kernel{
-      {}, n_rows, n_predicates, static_shared_end, local_bytes, std::move(constants32), std::move(constants64)};
+  Kernel kernel;
+  kernel.n_rows = n_rows;
+  kernel.n_predicates = n_predicates;
+  kernel.static_shared_end = static_shared_end;
+  kernel.local_bytes = local_bytes;
+  kernel.registers_per_thread = registers_per_thread;
+  kernel.constants32 = std::move(constants32);
+  kernel.constants64 = std::move(constants64);
+  kernel.tracked_pool = std::move(tracked);
   const auto cells = code.unchecked<2>();
-  for (size_t i = 0; i < operations.size(); ++i) {
+  const auto kept = [&](size_t i) { return std::max(cells(static_cast<py::ssize_t>(i), 3), kFewOperands); };
+  for (size_t i = 0; i < n; ++i) {
+    for (int j = 0; j < kept(i); ++j) kernel.operand_pool.push_back(cells(static_cast<py::ssize_t>(i), 4 + j));
+  }
+  size_t first_operand = 0;
+  for (size_t i = 0; i < n; ++i) {
     const auto found = registry().find(operations[i]);
     if (found == registry().end()) throw py::key_error(operations[i]);
+    kernel.uses_wgmma |= operations[i].starts_with("wgmma.");
     const auto at = static_cast<py::ssize_t>(i);
-    Instruction instruction{found->second.handler,
-                            found->second.variant,
-                            cells(at, 0),
-                            cells(at, 1),
-                            static_cast<uint32_t>(cells(at, 2)),
-                            cells(at, 3),
-                            {}};
-    for (int j = 0; j < kMaxOperands; ++j) instruction.operand[j] = cells(at, 4 + j);
-    kernel.code.push_back(instruction);
+    const uint32_t first_tracked = i == 0 ? 0 : tracked_ends[i - 1];
+    kernel.code.push_back(
+        {found->second.handler, found->second.variant, cells(at, 0), cells(at, 1), static_cast<uint32_t>(cells(at, 2)),
+         cells(at, 3), std::span(kernel.operand_pool).subspan(first_operand, kept(i)),
+         std::span(kernel.tracked_pool).subspan(first_tracked, tracked_ends[i] - first_tracked), moves[i]});
+    first_operand += kept(i);
   }
   return kernel;
 }
@@ -70,13 +87,13 @@ py::tuple launch_kernel(const Kernel& kernel, GlobalMemory& memory, std::array<u
     fault = py::make_tuple(static_cast<int>(caught->kind), caught->message, caught->block, caught->warp, caught->lane,
                            caught->pc);
   }
-  py::array_t<uint64_t> counts({launch.counts.size(), size_t{6}});
+  py::array_t<uint64_t> counts({launch.counts.size(), size_t{7}});
   auto cells = counts.mutable_unchecked<2>();
   for (size_t i = 0; i < launch.counts.size(); ++i) {
     const InstructionCounts& c = launch.counts[i];
-    const uint64_t values[] = {c.warps,         c.threads, c.requests, c.shared_wavefronts, c.ideal_wavefronts,
-                               c.global_sectors};
-    for (int j = 0; j < 6; ++j) cells(static_cast<py::ssize_t>(i), j) = values[j];
+    const uint64_t values[] = {c.warps,          c.threads,   c.requests, c.shared_wavefronts, c.ideal_wavefronts,
+                               c.global_sectors, c.bulk_bytes};
+    for (int j = 0; j < 7; ++j) cells(static_cast<py::ssize_t>(i), j) = values[j];
   }
   return py::make_tuple(counts, fault);
 }

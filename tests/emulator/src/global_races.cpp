@@ -25,7 +25,7 @@ bool GlobalRaces::ordered(const Access& before, const Access& now, const Clock& 
   if (before.block == now.block && before.warp == now.warp) {
     return before.epoch < now.epoch || before.lane == now.lane || before.lane == kWholeWarp;
   }
-  return clock.covers(before.block, before.warp, before.epoch);
+  return clock.covers(before.block, before.warp, before.lane, before.epoch);
 }
 
 void GlobalRaces::race(const Access& before, bool was_write, const Access& now, bool is_write, uint64_t address) const {
@@ -35,11 +35,10 @@ void GlobalRaces::race(const Access& before, bool was_write, const Access& now, 
                              thread_name(before.block, before.warp, before.lane));
 }
 
-void GlobalRaces::read(const Accessor& who, const Ordering& ordering, uint64_t address, uint32_t size) {
-  const Clock& clock = ordering.clock(who.warp);
+void GlobalRaces::read(const Accessor& who, const Clock& clock, uint32_t epoch, uint64_t address, uint32_t size) {
   for (uint64_t number = address / 4; number <= (address + size - 1) / 4; ++number) {
     const Access now{clock.block,
-                     ordering.epoch(who.warp),
+                     epoch,
                      static_cast<uint8_t>(who.warp),
                      static_cast<uint8_t>(who.lane),
                      static_cast<uint8_t>(word_bytes(address, size, number)),
@@ -64,12 +63,11 @@ void GlobalRaces::read(const Accessor& who, const Ordering& ordering, uint64_t a
   }
 }
 
-void GlobalRaces::write(const Accessor& who, const Ordering& ordering, uint64_t address, uint32_t size,
+void GlobalRaces::write(const Accessor& who, const Clock& clock, uint32_t epoch, uint64_t address, uint32_t size,
                         bool unchanged) {
-  const Clock& clock = ordering.clock(who.warp);
   for (uint64_t number = address / 4; number <= (address + size - 1) / 4; ++number) {
     const Access now{clock.block,
-                     ordering.epoch(who.warp),
+                     epoch,
                      static_cast<uint8_t>(who.warp),
                      static_cast<uint8_t>(who.lane),
                      static_cast<uint8_t>(word_bytes(address, size, number)),

@@ -14,9 +14,10 @@ namespace emulator {
 class GlobalRaces {
  public:
   explicit GlobalRaces(const GlobalMemory& memory) : memory_(&memory) {}
-  void read(const Accessor& who, const Ordering& ordering, uint64_t address, uint32_t size);
+  // clock: what the access is ordered after; epoch: the warp's.
+  void read(const Accessor& who, const Clock& clock, uint32_t epoch, uint64_t address, uint32_t size);
   // `unchanged`: the bytes are there already, which lanes of one warp may all write.
-  void write(const Accessor& who, const Ordering& ordering, uint64_t address, uint32_t size, bool unchanged);
+  void write(const Accessor& who, const Clock& clock, uint32_t epoch, uint64_t address, uint32_t size, bool unchanged);
 
  private:
   struct Access {

@@ -94,5 +94,8 @@ void register_copy(Registry&);
 void register_warp(Registry&);
 void register_control(Registry&);
 void register_tensor_core(Registry&);
+void register_mbarrier(Registry&);
+void register_bulk_copy(Registry&);
+void register_warpgroup(Registry&);
 
 }  // namespace emulator

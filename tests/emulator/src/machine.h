@@ -5,12 +5,16 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "bulk_copy.h"
 #include "global_races.h"
+#include "mbarrier.h"
 #include "memory.h"
+#include "warpgroup.h"
 
 namespace emulator {
 
@@ -28,7 +32,7 @@ struct Operation {
 using Registry = std::unordered_map<std::string, Operation>;
 const Registry& registry();
 
-constexpr int kMaxOperands = 24;
+constexpr int kMaxOperands = 144;
 constexpr int kNoRow = -1;
 constexpr int kTruePredicate = 1;  // predicate 0 is always false
 constexpr int kNegatedPredicate = 1 << 30;
@@ -42,7 +46,10 @@ struct Instruction {
   int32_t target;          // of a branch
   uint32_t wide_operands;  // bit i: operand i is a 64-bit register
   int32_t n_operands;
-  std::array<int32_t, kMaxOperands> operand;
+  std::span<const int32_t> operand;
+  // Registers of it that some wgmma uses: row << 1, and 1 where it is written. Of a move: source, destination.
+  std::span<const int32_t> tracked;
+  bool is_move;
 };
 
 struct InstructionCounts {
@@ -52,6 +59,7 @@ struct InstructionCounts {
   uint64_t shared_wavefronts = 0;
   uint64_t ideal_wavefronts = 0;  // what the same bytes need without a bank conflict
   uint64_t global_sectors = 0;    // 32 B each
+  uint64_t bulk_bytes = 0;        // moved by the TMA unit
 };
 
 // Lanes of one warp that share a program counter.
@@ -83,6 +91,9 @@ struct NamedBarrier {
   uint32_t participants = 0;  // threads that brought any
 };
 
+// Why a warp does not run, beyond barriers.
+enum class Sleep { none, mbarrier, registers };
+
 struct Kernel;
 struct Block;
 struct Launch;
@@ -102,7 +113,11 @@ struct Warp {
   int32_t nearest_parked_pc = INT32_MAX;
   bool at_barrier = false;
   bool finished = false;
-  int waits_at = -1;                                    // id of the barrier
+  int waits_at = -1;  // id of the barrier
+  Sleep sleep = Sleep::none;
+  uint32_t sleeps_at = 0;  // address of the mbarrier
+  int32_t sleep_pc = 0;
+  bool yields = false;                                  // ends its turn
   BarrierReduction reduction = BarrierReduction::none;  // what bar.red delivers, and where
   int32_t reduction_operand = kNoRow;
   int lane = -1;            // being served, for the report of a fault
@@ -113,6 +128,9 @@ struct Warp {
   std::vector<PendingCopy> copies;
   std::array<uint32_t, kLanes> committed_groups{};
   std::vector<LocalMemory> local;
+  std::vector<BulkStore> bulk_stores;
+  std::array<uint32_t, kLanes> committed_bulk_groups{};
+  WarpgroupState warpgroup;
 
   uint32_t* row32(int32_t row) { return rows + size_t{kLanes} * row; }
   uint64_t* row64(int32_t row) { return reinterpret_cast<uint64_t*>(rows + size_t{kLanes} * row); }
@@ -121,6 +139,10 @@ struct Warp {
     return operand & kNegatedPredicate ? ~value : value;
   }
   void set_predicate(int32_t index, Mask value) { predicates[index] = (predicates[index] & ~exec) | (value & exec); }
+  bool ready() const { return !finished && !at_barrier && sleep == Sleep::none; }
+  // Ends the turn until `why` is over, unless another fragment can run.
+  void doze(Sleep why, uint32_t mbarrier);
+  int32_t waiting_pc() const;  // of the instruction that a warp that is not ready waits in
   Mask alive() const { return present & ~exited; }
   InstructionCounts& counts();
   // Takes the running lanes off their instruction until `lanes` have arrived there too. True when they all have.
@@ -140,18 +162,41 @@ struct Block {
   std::array<NamedBarrier, 16> barriers;
   std::vector<std::unique_ptr<Warp>> warps;
   int n_running = 0;
+  Mbarriers mbarriers;
+  std::vector<BulkLoad> bulk_loads;
+  std::vector<Warpgroup> warpgroups;
+  uint32_t free_registers = 0;
+  uint64_t effects_at_wake = ~uint64_t{0};
 
   Block(Launch& launch, uint64_t number);
   void arrive(Warp& warp, int id, uint32_t expected_threads, bool waits);
   void release_if_complete(int id);
+  void complete_phase_if_done(Mbarrier& barrier);
+  void wake(Sleep why, uint32_t mbarrier);
+  // Lands one of the bulk loads.
+  void land(size_t load);
+  // No warp is ready: lets time pass. False when that cannot help.
+  bool pass_time();
+  std::string describe_wait(const Warp& warp) const;
 };
 
+// Bulk stores of threads that end: the kernel's end waits for what they write, nothing for what they read.
+void finish_bulk_stores(Warp& warp, Mask lanes);
+
 struct Kernel {
+  Kernel() = default;
+  Kernel(Kernel&&) = default;
+  Kernel(const Kernel&) = delete;
+
   std::vector<Instruction> code;
+  std::vector<int32_t> operand_pool;  // what the instructions' spans point into
+  std::vector<int32_t> tracked_pool;
   int32_t n_rows;  // constants and special registers included
   int32_t n_predicates;
   uint32_t static_shared_end;  // address behind the statically allocated shared memory
   uint32_t local_bytes;
+  bool uses_wgmma = false;
+  uint32_t registers_per_thread;  // at launch; 0 when the launch bounds do not say
   std::vector<std::pair<int32_t, uint32_t>> constants32;
   std::vector<std::pair<int32_t, uint64_t>> constants64;
 };
@@ -175,11 +220,15 @@ struct Launch {
   std::vector<uint8_t> constants;  // the module's constant bank
   std::vector<InstructionCounts> counts;
   uint64_t idle_instructions = 0;  // since the last effect
+  uint64_t n_effects = 0;
   uint64_t random_state;
 
   void run();
   uint64_t random();
-  void progress() { idle_instructions = 0; }
+  void progress() {
+    idle_instructions = 0;
+    ++n_effects;
+  }
 };
 
 inline InstructionCounts& Warp::counts() { return launch->counts[pc]; }

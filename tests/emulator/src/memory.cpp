@@ -10,6 +10,9 @@ namespace {
 constexpr uint8_t kPoison = 0;
 constexpr uint8_t kWritten = 1;
 constexpr uint8_t kCopyPending = 2;
+constexpr uint8_t kBulkPending = 3;
+constexpr uint8_t kMbarrier = 4;
+constexpr uint32_t kAsyncGranule = 16;
 constexpr std::array<uint8_t, 16> kAllWritten = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 constexpr uint32_t kSeveralLanes = kWholeWarp + 1;
 
@@ -99,6 +102,11 @@ uint8_t* GlobalMemory::access(uint64_t address, uint32_t size, bool is_write) {
     raise(FaultKind::misaligned, verb + std::to_string(size) + " bytes at global address " + hex(address) +
                                      " that is not a multiple of " + std::to_string(size));
   }
+  return span(address, size, is_write);
+}
+
+uint8_t* GlobalMemory::span(uint64_t address, uint32_t size, bool is_write) {
+  const char* verb = is_write ? "write of " : "read of ";
   GlobalBuffer* buffer = find(address);
   if (buffer == nullptr) {
     raise(FaultKind::out_of_bounds, verb + std::to_string(size) + " bytes at " + hex(address) + ": no buffer is there");
@@ -154,13 +162,18 @@ SharedMemory::SharedMemory(uint32_t size, int n_warps, Ordering& ordering)
       data_(size + 4),
       state_(size + 4, kPoison),
       writes_(size / 4 + 1),
-      reads_(n_warps, std::vector<uint32_t>(size / 4 + 1)) {}
+      reads_(n_warps, std::vector<uint32_t>(size / 4 + 1)),
+      async_readers_(size / kAsyncGranule + 1) {}
 
 uint32_t SharedMemory::check(uint32_t address, uint32_t size) const {
   if (address % size != 0) {
     raise(FaultKind::misaligned, "access of " + std::to_string(size) + " bytes at shared address " +
                                      std::to_string(address) + " that is not a multiple of " + std::to_string(size));
   }
+  return check_range(address, size);
+}
+
+uint32_t SharedMemory::check_range(uint32_t address, uint32_t size) const {
   if (address < kSharedBase || address - kSharedBase + uint64_t{size} > size_) {
     raise(FaultKind::out_of_bounds, "access of " + std::to_string(size) + " bytes at offset " +
                                         std::to_string(int64_t{address} - kSharedBase) + " of " +
@@ -173,20 +186,69 @@ void SharedMemory::race(const Accessor& who, bool is_write, uint32_t offset, int
   raise(FaultKind::race, std::string(is_write ? "write" : "read") + " of shared memory at offset " +
                              std::to_string(offset) + " by " + lane_name(who.warp, who.lane) +
                              " is not ordered after the " + (was_write ? "write" : "read") + " by " +
-                             lane_name(warp, lane));
+                             author(warp, lane));
+}
+
+std::string SharedMemory::author(int warp, int lane) const {
+  if (warp < static_cast<int>(reads_.size())) return lane_name(warp, lane);
+  return "a bulk copy, whose mbarrier was not waited for";
+}
+
+void SharedMemory::require_written(uint32_t offset, uint32_t size) const {
+  const uint8_t* state = state_.data() + offset;
+  const uint8_t* missing = std::find_if(state, state + size, [](uint8_t s) { return s != kWritten; });
+  if (missing == state + size) return;
+  constexpr const char* kWhy[] = {" that nothing has written", "", " before the cp.async that writes it was waited for",
+                                  " before the bulk copy that writes it has completed", " that belongs to an mbarrier"};
+  raise(FaultKind::uninitialized, "read of " + std::to_string(size) + " bytes of shared memory at offset " +
+                                      std::to_string(offset) + kWhy[*missing]);
+}
+
+void SharedMemory::require_idle(const Accessor& who, uint32_t offset, uint32_t size, const char* what) const {
+  const uint8_t* state = state_.data() + offset;
+  const uint8_t* busy = std::find_if(state, state + size, [](uint8_t s) { return s > kWritten; });
+  const char* why = nullptr;
+  if (busy != state + size) {
+    why = *busy == kCopyPending   ? " while a cp.async writes it"
+          : *busy == kBulkPending ? " while a bulk copy writes it"
+                                  : " that belongs to an mbarrier";
+  } else if (n_async_reads_ != 0) {
+    const auto first = async_readers_.begin() + offset / kAsyncGranule;
+    const auto last = async_readers_.begin() + (offset + size - 1) / kAsyncGranule + 1;
+    if (std::any_of(first, last, [](uint16_t n) { return n != 0; })) {
+      why = " while a wgmma or bulk store that was not waited for may still read it";
+    }
+  }
+  if (why == nullptr) return;
+  raise(FaultKind::race, std::string(what) + " shared memory at offset " + std::to_string(offset) + " by " +
+                             lane_name(who.warp, who.lane) + why);
+}
+
+void SharedMemory::require_proxy_fence(const Accessor& who, uint32_t offset, uint32_t size, const char* what) const {
+  WriteRecord last{};
+  for (uint32_t word = offset / 4; word <= (offset + size - 1) / 4; ++word) {
+    const WriteRecord& write = writes_[word];
+    if (write.bytes == 0 || write.warp >= reads_.size()) continue;
+    if (write.epoch == last.epoch && write.warp == last.warp && write.lane == last.lane) continue;
+    last = write;
+    if (ordering_->reaches_async_proxy(who.warp, write.warp, write.lane, write.epoch, ProxyFence::async)) continue;
+    raise(FaultKind::race, std::string(what) + " shared memory at offset " + std::to_string(4 * word) + ", which " +
+                               lane_name(write.warp, write.lane) +
+                               " wrote without a fence.proxy.async before the barrier");
+  }
 }
 
 void SharedMemory::check_race_on_read(const Accessor& who, uint32_t offset, uint32_t size) {
-  const std::vector<uint32_t>& seen = ordering_->clock(who.warp).local;
-  const uint32_t epoch = seen[who.warp];
+  const Clock& seen = ordering_->clock(who.warp);
+  const uint32_t epoch = seen.local[who.warp];
   uint32_t* reads = reads_[who.warp].data();
   const uint32_t last = (offset + size - 1) / 4;
   for (uint32_t word = offset / 4; word <= last; ++word) {
     const uint32_t bytes = size % 4 == 0 ? 15 : word_bytes(offset, size, word);
     const WriteRecord& write = writes_[word];
     if ((write.bytes & bytes) != 0 && !(who.strong && write.strong)) {
-      const bool ordered =
-          write.warp == who.warp ? write.epoch < epoch || write.lane == who.lane : write.epoch <= seen[write.warp];
+      const bool ordered = write.warp == who.warp ? write.epoch < epoch || write.lane == who.lane
+                                                  : seen.covers(write.warp, write.lane, write.epoch);
       if (!ordered) race(who, false, offset, write.warp, write.lane, true);
     }
     // A strong read is not recorded: what may follow it is ordered by release and acquire.
@@ -198,14 +260,14 @@ void SharedMemory::check_race_on_read(const Accessor& who, uint32_t offset, uint
 }
 
 void SharedMemory::check_race_on_write(const Accessor& who, uint32_t offset, uint32_t size, const uint8_t* bytes) {
-  const std::vector<uint32_t>& seen = ordering_->clock(who.warp).local;
-  const uint32_t epoch = seen[who.warp];
+  const Clock& seen = ordering_->clock(who.warp);
+  const uint32_t epoch = seen.local[who.warp];
   for (uint32_t word = offset / 4; word <= (offset + size - 1) / 4; ++word) {
     const uint32_t mask = word_bytes(offset, size, word);
     WriteRecord& write = writes_[word];
     if ((write.bytes & mask) != 0 && !(who.strong && write.strong)) {
       if (write.warp != who.warp) {
-        if (write.epoch > seen[write.warp]) race(who, true, offset, write.warp, write.lane, true);
+        if (!seen.covers(write.warp, write.lane, write.epoch)) race(who, true, offset, write.warp, write.lane, true);
       } else if (write.epoch == epoch && write.lane != who.lane && write.lane != kWholeWarp) {
         // Lanes that write the same value to one place agree on the result.
         const bool same = bytes != nullptr && std::memcmp(data_.data() + offset, bytes, size) == 0;
@@ -217,7 +279,7 @@ void SharedMemory::check_race_on_write(const Accessor& who, uint32_t offset, uin
       if ((read & mask) == 0) continue;
       const int lane = static_cast<int>(read >> 4 & 63);
       if (warp != who.warp) {
-        if (read >> 10 > seen[warp]) race(who, true, offset, warp, std::min(lane, kWholeWarp), false);
+        if (!seen.covers(warp, lane, read >> 10)) race(who, true, offset, warp, std::min(lane, kWholeWarp), false);
       } else if (read >> 10 == epoch && lane != who.lane && lane != kWholeWarp) {
         race(who, true, offset, warp, std::min(lane, kWholeWarp), false);
       }
@@ -231,45 +293,88 @@ void SharedMemory::check_race_on_write(const Accessor& who, uint32_t offset, uin
 
 const uint8_t* SharedMemory::read(const Accessor& who, uint32_t address, uint32_t size) {
   const uint32_t offset = check(address, size);
-  const uint8_t* state = state_.data() + offset;
-  if (std::memcmp(state, kAllWritten.data(), size) != 0) {
-    const uint32_t byte = std::find_if(state, state + size, [](uint8_t s) { return s != kWritten; }) - state;
-    raise(FaultKind::uninitialized,
-          "read of " + std::to_string(size) + " bytes of shared memory at offset " + std::to_string(offset) +
-              (state[byte] == kPoison ? " that nothing has written"
-                                      : " before the cp.async that writes it was waited for"));
-  }
+  if (std::memcmp(state_.data() + offset, kAllWritten.data(), size) != 0) require_written(offset, size);
   check_race_on_read(who, offset, size);
   return data_.data() + offset;
 }
 
 void SharedMemory::write(const Accessor& who, uint32_t address, uint32_t size, const uint8_t* bytes) {
   const uint32_t offset = check(address, size);
-  uint8_t* state = state_.data() + offset;
-  if (std::find(state, state + size, kCopyPending) != state + size) {
-    raise(FaultKind::race, "write of shared memory at offset " + std::to_string(offset) + " by " +
-                               lane_name(who.warp, who.lane) + " while a cp.async writes it");
-  }
+  require_idle(who, offset, size, "write of");
   check_race_on_write(who, offset, size, bytes);
-  std::memset(state, kWritten, size);
+  std::memset(state_.data() + offset, kWritten, size);
   std::memcpy(data_.data() + offset, bytes, size);
 }
 
 void SharedMemory::begin_copy(const Accessor& who, uint32_t address, uint32_t size) {
   const uint32_t offset = check(address, size);
-  uint8_t* state = state_.data() + offset;
-  if (std::find(state, state + size, kCopyPending) != state + size) {
-    raise(FaultKind::race, "cp.async to shared memory at offset " + std::to_string(offset) + " by " +
-                               lane_name(who.warp, who.lane) + " while another cp.async writes it");
-  }
+  require_idle(who, offset, size, "cp.async to");
   check_race_on_write(who, offset, size, nullptr);
-  std::memset(state, kCopyPending, size);
+  std::memset(state_.data() + offset, kCopyPending, size);
 }
 
 void SharedMemory::finish_copy(const Accessor& who, uint32_t address, uint32_t size, const uint8_t* bytes) {
   const uint32_t offset = address - kSharedBase;
   std::memset(state_.data() + offset, kPoison, size);
   write(who, address, size, bytes);
+}
+
+const uint8_t* SharedMemory::begin_async_read(const Accessor& who, uint32_t address, uint32_t size) {
+  const uint32_t offset = check_range(address, size);
+  require_written(offset, size);
+  const Clock& seen = ordering_->clock(who.warp);
+  for (uint32_t word = offset / 4; word < (offset + size) / 4; ++word) {
+    const WriteRecord& write = writes_[word];
+    if (write.bytes == 0) continue;
+    const bool ordered = write.warp == who.warp ? write.epoch < seen.local[who.warp] || write.lane == who.lane
+                                                : seen.covers(write.warp, write.lane, write.epoch);
+    if (!ordered) race(who, false, 4 * word, write.warp, write.lane, true);
+  }
+  require_proxy_fence(who, offset, size, "asynchronous read of");
+  for (uint32_t granule = offset / kAsyncGranule; granule < (offset + size) / kAsyncGranule; ++granule) {
+    ++async_readers_[granule];
+  }
+  ++n_async_reads_;
+  return data_.data() + offset;
+}
+
+void SharedMemory::end_async_read(const Accessor& who, uint32_t address, uint32_t size) {
+  const uint32_t offset = address - kSharedBase;
+  for (uint32_t granule = offset / kAsyncGranule; granule < (offset + size) / kAsyncGranule; ++granule) {
+    --async_readers_[granule];
+  }
+  --n_async_reads_;
+  const uint32_t record = ordering_->epoch(who.warp) << 10 | static_cast<uint32_t>(who.lane) << 4 | 15;
+  std::fill_n(reads_[who.warp].begin() + offset / 4, size / 4, record);
+}
+
+void SharedMemory::begin_bulk_copy(const Accessor& who, uint32_t address, uint32_t size) {
+  const uint32_t offset = check_range(address, size);
+  require_idle(who, offset, size, "bulk copy to");
+  require_proxy_fence(who, offset, size, "bulk copy to");
+  check_race_on_write(who, offset, size, nullptr);
+  std::memset(state_.data() + offset, kBulkPending, size);
+}
+
+void SharedMemory::finish_bulk_copy(int agent, uint32_t epoch, uint32_t address, uint32_t size, const uint8_t* bytes) {
+  const uint32_t offset = address - kSharedBase;
+  std::memset(state_.data() + offset, kWritten, size);
+  std::memcpy(data_.data() + offset, bytes, size);
+  std::fill_n(writes_.begin() + offset / 4, size / 4,
+              WriteRecord{epoch, static_cast<uint8_t>(agent), kWholeWarp, 15, false});
+}
+
+void SharedMemory::place_mbarrier(const Accessor& who, uint32_t address) {
+  const uint32_t offset = check(address, 8);
+  require_idle(who, offset, 8, "mbarrier.init in");
+  check_race_on_write(who, offset, 8, nullptr);
+  std::memset(state_.data() + offset, kMbarrier, 8);
+}
+
+void SharedMemory::remove_mbarrier(const Accessor& who, uint32_t address) {
+  const uint32_t offset = address - kSharedBase;
+  check_race_on_write(who, offset, 8, nullptr);
+  std::memset(state_.data() + offset, kPoison, 8);
 }
 
 }  // namespace emulator

@@ -14,7 +14,17 @@ constexpr int kLanes = 32;
 using Mask = uint32_t;
 constexpr Mask kFullMask = ~Mask{0};
 
-enum class FaultKind : int { race, out_of_bounds, uninitialized, misaligned, deadlock, divergence, trap, unsupported };
+enum class FaultKind : int {
+  race,
+  out_of_bounds,
+  uninitialized,
+  misaligned,
+  deadlock,
+  divergence,
+  trap,
+  unsupported,
+  mbarrier
+};
 
 struct Fault {
   FaultKind kind;
@@ -57,6 +67,8 @@ class GlobalMemory {
   uint64_t add(const std::string& name, uint8_t* data, uint64_t size, bool writable, bool poisoned, bool write_once);
   // Bytes of the access, checked; faults carry no place yet.
   uint8_t* access(uint64_t address, uint32_t size, bool is_write);
+  // The same without a demand on the address: the rows of a bulk copy.
+  uint8_t* span(uint64_t address, uint32_t size, bool is_write);
   const std::vector<uint8_t>& written(uint64_t base) const;
   bool is_writable(uint64_t address) const;
   // "offset 8 of buffer 'x'"
@@ -100,16 +112,31 @@ class SharedMemory {
   void begin_copy(const Accessor& who, uint32_t address, uint32_t size);
   void finish_copy(const Accessor& who, uint32_t address, uint32_t size, const uint8_t* bytes);
 
+  // Asynchronous reads (wgmma, bulk stores): what is being read may not be written until their end.
+  const uint8_t* begin_async_read(const Accessor& who, uint32_t address, uint32_t size);
+  void end_async_read(const Accessor& who, uint32_t address, uint32_t size);
+  // The two ends of a bulk copy. Its author is an agent: who reads must know of that epoch of it.
+  void begin_bulk_copy(const Accessor& who, uint32_t address, uint32_t size);
+  void finish_bulk_copy(int agent, uint32_t epoch, uint32_t address, uint32_t size, const uint8_t* bytes);
+  // The 8 bytes of an mbarrier belong to it between the two.
+  void place_mbarrier(const Accessor& who, uint32_t address);
+  void remove_mbarrier(const Accessor& who, uint32_t address);
+
  private:
   struct WriteRecord {
     uint32_t epoch;
-    uint8_t warp;
+    uint8_t warp;  // or agent
     uint8_t lane;
     uint8_t bytes;  // of the word; 0 when there is no record
     uint8_t strong;
   };
 
   uint32_t check(uint32_t address, uint32_t size) const;
+  uint32_t check_range(uint32_t address, uint32_t size) const;
+  void require_written(uint32_t offset, uint32_t size) const;
+  void require_idle(const Accessor& who, uint32_t offset, uint32_t size, const char* what) const;
+  void require_proxy_fence(const Accessor& who, uint32_t offset, uint32_t size, const char* what) const;
+  std::string author(int warp, int lane) const;
   void check_race_on_read(const Accessor& who, uint32_t offset, uint32_t size);
   void check_race_on_write(const Accessor& who, uint32_t offset, uint32_t size, const uint8_t* bytes);
   [[noreturn]] void race(const Accessor& who, bool is_write, uint32_t offset, int warp, int lane, bool was_write) const;
@@ -120,6 +147,8 @@ class SharedMemory {
   std::vector<uint8_t> state_;
   std::vector<WriteRecord> writes_;           // per word
   std::vector<std::vector<uint32_t>> reads_;  // per warp and word: epoch << 10 | lane << 4 | bytes
+  std::vector<uint16_t> async_readers_;       // per 16 bytes
+  uint64_t n_async_reads_ = 0;
 };
 
 class LocalMemory {

@@ -90,7 +90,9 @@ const uint8_t* read_global(Warp& warp, uint64_t address, uint32_t size, bool str
   const uint8_t* bytes = warp.launch->global->access(address, size, false);
   // What nothing can write needs no record of who reads it.
   if (warp.launch->global->is_writable(address)) {
-    warp.launch->races->read({warp.index, warp.lane, strong}, warp.block->ordering, address, size);
+    const Ordering& ordering = warp.block->ordering;
+    warp.launch->races->read({warp.index, warp.lane, strong}, ordering.clock(warp.index), ordering.epoch(warp.index),
+                             address, size);
   }
   return bytes;
 }
@@ -167,8 +169,9 @@ void write(Warp& warp, Space space, uint64_t address, uint32_t size, const uint8
     default:
       request.global(address, size);
       uint8_t* destination = warp.launch->global->access(address, size, true);
-      warp.launch->races->write({warp.index, warp.lane, strong}, warp.block->ordering, address, size,
-                                std::memcmp(destination, bytes, size) == 0);
+      const Ordering& ordering = warp.block->ordering;
+      warp.launch->races->write({warp.index, warp.lane, strong}, ordering.clock(warp.index), ordering.epoch(warp.index),
+                                address, size, std::memcmp(destination, bytes, size) == 0);
       std::memcpy(destination, bytes, size);
   }
 }
@@ -225,7 +228,7 @@ void store(Warp& warp, const Instruction& in) {
     if (access.strength != Strength::weak) {
       uint64_t location = at;
       const Space where = resolve(access.space, location);
-      warp.block->ordering.write(warp.index, access.strength, publications(warp, where), location);
+      warp.block->ordering.write(warp.index, access.strength, publications(warp, where), location, true);
     }
   });
   warp.launch->progress();
@@ -265,7 +268,7 @@ void atomic(Warp& warp, const Instruction& in) {
     uint8_t bytes[sizeof(T)];
     std::memcpy(bytes, &result, sizeof(T));
     write(warp, where, at, sizeof(T), bytes, true, request);
-    warp.block->ordering.write(warp.index, strength, publications(warp, where), at);
+    warp.block->ordering.write(warp.index, strength, publications(warp, where), at, false);
     if (std::memcmp(&old, &result, sizeof(T)) != 0) warp.launch->progress();
     if (HasResult) row<T>(warp, in.operand[0])[lane] = encode<T>(old);
   }

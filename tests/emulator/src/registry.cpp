@@ -16,6 +16,9 @@ const Registry& registry() {
     register_warp(r);
     register_control(r);
     register_tensor_core(r);
+    register_mbarrier(r);
+    register_bulk_copy(r);
+    register_warpgroup(r);
     return r;
   }();
   return instance;

@@ -62,6 +62,7 @@ void Warp::branch(int32_t target, Mask taken) {
 }
 
 void Warp::exit_lanes(Mask lanes) {
+  finish_bulk_stores(*this, lanes);
   exited |= lanes;
   active &= ~lanes;
   for (const Fragment& fragment : parked) {
@@ -73,6 +74,10 @@ void Warp::exit_lanes(Mask lanes) {
   }
   if (!parked.empty()) nearest_parked_pc = -1;
   if (alive()) return;
+  finish_warpgroup(*this);
+  if (block->n_running == 1 && !block->bulk_loads.empty()) {
+    raise(FaultKind::race, "the block ends while a bulk copy to its shared memory is on its way");
+  }
   finished = true;
   launch->progress();
   --block->n_running;
@@ -135,10 +140,25 @@ void Warp::step() {
   lane = -1;
   if (exec) {
     count.threads += std::popcount(exec);
+    if (!instruction.tracked.empty()) track_registers(*this, instruction);
     instruction.handler(*this, instruction);
   }
   pc = next_pc;
   if (pc >= nearest_parked_pc) select_fragment();
+}
+
+void Warp::doze(Sleep why, uint32_t mbarrier) {
+  yields = true;
+  const auto runnable = [](const Fragment& fragment) { return fragment.waits_for == 0; };
+  if (std::any_of(parked.begin(), parked.end(), runnable)) return;
+  sleep = why;
+  sleeps_at = mbarrier;
+  sleep_pc = pc;
+}
+
+int32_t Warp::waiting_pc() const {
+  if (sleep != Sleep::none) return sleep_pc;
+  return at_barrier ? pc - 1 : pc;
 }
 
 void Warp::lay_out(const std::array<uint32_t, 3>& block_index) {
@@ -176,6 +196,8 @@ void Warp::lay_out(const std::array<uint32_t, 3>& block_index) {
     for (const auto& [row, value] : kernel->constants32) set(row, value);
     for (const auto& [row, value] : kernel->constants64) row64(row)[i] = value;
   }
+  warpgroup.register_limit = kernel->registers_per_thread;
+  if (kernel->uses_wgmma) warpgroup.registers.resize(kernel->n_rows);
   local.assign(kernel->local_bytes ? kLanes : 0, LocalMemory(kernel->local_bytes));
 }
 
@@ -202,6 +224,7 @@ Block::Block(Launch& owner, uint64_t number)
     warps.push_back(std::move(warp));
   }
   n_running = static_cast<int>(warps.size());
+  warpgroups.resize((warps.size() + 3) / 4);
 }
 
 void Block::arrive(Warp& warp, int id, uint32_t expected_threads, bool waits) {
@@ -220,7 +243,7 @@ void Block::arrive(Warp& warp, int id, uint32_t expected_threads, bool waits) {
   ++barrier.n_arrived;
   barrier.arrived_threads += kLanes;
   barrier.clock.join(ordering.clock(warp.index));
-  ordering.advance(warp.index);
+  ordering.synchronise(warp.index);
   if (waits) {
     warp.at_barrier = true;
     warp.waits_at = id;
@@ -257,6 +280,41 @@ void Block::release_if_complete(int id) {
   launch->progress();
 }
 
+void Block::wake(Sleep why, uint32_t mbarrier) {
+  for (const auto& warp : warps) {
+    if (warp->sleep == why && warp->sleeps_at == mbarrier) warp->sleep = Sleep::none;
+  }
+}
+
+// A wait for an mbarrier may also end because it took too long, so that the warp can do something else.
+bool Block::pass_time() {
+  if (!bulk_loads.empty()) {
+    land(launch->random() % bulk_loads.size());
+    return true;
+  }
+  if (effects_at_wake == launch->n_effects) return false;
+  effects_at_wake = launch->n_effects;
+  bool any = false;
+  for (const auto& warp : warps) {
+    any |= warp->sleep == Sleep::mbarrier;
+    if (warp->sleep == Sleep::mbarrier) warp->sleep = Sleep::none;
+  }
+  return any;
+}
+
+std::string Block::describe_wait(const Warp& warp) const {
+  std::string text = std::to_string(warp.index) + " at ";
+  if (warp.sleep == Sleep::registers) {
+    text += "setmaxnreg, " + std::to_string(free_registers) + " registers are free";
+  } else if (warp.sleep == Sleep::mbarrier) {
+    const auto found = mbarriers.find(warp.sleeps_at);
+    text += found == mbarriers.end() ? "an mbarrier that is gone" : found->second.describe();
+  } else {
+    text += "barrier " + std::to_string(warp.waits_at);
+  }
+  return text + " {pc" + std::to_string(warp.waiting_pc()) + "}";
+}
+
 uint64_t Launch::random() {
   random_state ^= random_state << 13;
   random_state ^= random_state >> 7;
@@ -283,33 +341,38 @@ void Launch::run() {
     Warp* warp = blocks.front()->warps.front().get();
     try {
       for (const auto& block : blocks) {
+        if (!block->bulk_loads.empty() && random() % 4 == 0) block->land(random() % block->bulk_loads.size());
         const size_t before = ready.size();
-        for (const auto& candidate : block->warps) {
-          if (!candidate->finished && !candidate->at_barrier) ready.push_back(candidate.get());
-        }
+        do {
+          for (const auto& candidate : block->warps) {
+            if (candidate->ready()) ready.push_back(candidate.get());
+          }
+        } while (ready.size() == before && block->pass_time());
         if (ready.size() > before) continue;
         std::string waiting;
         for (const auto& blocked : block->warps) {
           if (blocked->finished) continue;
           warp = blocked.get();
-          waiting += (waiting.empty() ? "" : ", ") + std::to_string(warp->index) + " at barrier " +
-                     std::to_string(warp->waits_at) + " {pc" + std::to_string(warp->pc - 1) + "}";
+          waiting += (waiting.empty() ? "" : ", ") + block->describe_wait(*warp);
         }
         raise(FaultKind::deadlock, "every warp waits: warp " + waiting);
       }
       warp = ready[random() % ready.size()];
       const int quantum = 8 + static_cast<int>(random() % 128);
-      for (int i = 0; i < quantum && !warp->finished && !warp->at_barrier; ++i) warp->step();
+      warp->yields = false;
+      for (int i = 0; i < quantum && warp->ready() && !warp->yields; ++i) warp->step();
       idle_instructions += quantum;
       if (idle_instructions > options.spin_limit) {
         raise(FaultKind::deadlock, "no store, barrier or exit in " + std::to_string(idle_instructions) +
                                        " warp instructions: the running warps spin");
       }
     } catch (Fault& fault) {
-      fault.block = warp->block->index;
-      fault.warp = warp->index;
-      fault.lane = warp->lane >= 0 ? warp->lane : std::countr_zero(warp->active ? warp->active : warp->present);
-      fault.pc = fault.kind == FaultKind::deadlock && warp->at_barrier ? warp->pc - 1 : warp->pc;
+      if (fault.pc < 0) {
+        fault.block = warp->block->index;
+        fault.warp = warp->index;
+        fault.lane = warp->lane >= 0 ? warp->lane : std::countr_zero(warp->active ? warp->active : warp->present);
+        fault.pc = fault.kind == FaultKind::deadlock ? warp->waiting_pc() : warp->pc;
+      }
       throw;
     }
   }

@@ -153,7 +153,12 @@ void active_mask(Warp& warp, const Instruction& in) { fill(warp, in.operand[0], 
 
 void warp_barrier(Warp& warp, const Instruction& in) {
   Mask members;
-  if (gather(warp, in.operand[0], members)) warp.block->ordering.advance(warp.index);
+  if (!gather(warp, in.operand[0], members)) return;
+  if (members == warp.alive()) {
+    warp.block->ordering.synchronise(warp.index);
+  } else {
+    warp.block->ordering.advance(warp.index);
+  }
 }
 
 }  // namespace
