@@ -8,135 +8,60 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 from benchmarks.cuda_resources import RESULTS, counted
 
-from .cuda_plans import KernelRun, attention_backward, attention_forward, rope, rope_backward
+from .cuda_plans import KernelRun, rope, rope_backward
 from .cuda_plans.build import ptx_file
-from .cuda_plans.reference import Arithmetic, AttentionReference, Bounded, rope_gradients, rotate
+from .cuda_plans.cases import make_case, make_freqs, nan_storage
+from .cuda_plans.reference import Arithmetic, Bounded, rope_gradients, rotate
 from .cuda_plans.run import Array, Table, from_storage, to_storage, unit_roundoff
 
-# (dtype, allow_tf32)
-PRECISIONS = [("bfloat16", False), ("float16", False), ("float32", False), ("float32", True)]
-# Two partial tiles of queries, partial and repeated and shared key ranges, rows in no range, keys that nobody reads.
-RAGGED: Table = [((0, 70), [(0, 20), (37, 141)]), ((75, 150), [(100, 160), (100, 160)])]
-N_QUERIES, N_KEYS = 170, 180
-
-
-@dataclass
-class Case:
-    """Inputs of one call; `to_storage` has rounded them, so they are exact."""
-
-    dtype: str
-    q: Array
-    k: Array
-    v: Array
-    grad_out: Array
-    grad_lse: Array
-    table: Table
-    q_freqs: Array | None = None
-    key_mask: Array | None = None
-    scale: float | None = None
-    allow_tf32: bool = False
-    wanted: tuple[str, ...] = ("q", "k", "v")
-    run: KernelRun = field(default_factory=KernelRun)
-
-    def forward(self) -> tuple[Array, Array]:
-        return attention_forward(
-            self.dtype, self.q, self.k, self.v, self.table, q_freqs=self.q_freqs, key_mask=self.key_mask,
-            scale=self.scale, run=self.run, allow_tf32=self.allow_tf32,
-        )  # fmt: skip
-
-    def backward(self, out: Array, lse: Array) -> dict[str, Array]:
-        return attention_backward(
-            self.dtype, self.q, self.k, self.v, self.table, out, lse, self.grad_out, grad_lse=self.grad_lse,
-            q_freqs=self.q_freqs, key_mask=self.key_mask, scale=self.scale, wanted=self.wanted, run=self.run,
-            allow_tf32=self.allow_tf32,
-        )  # fmt: skip
-
-    def reference(self) -> AttentionReference:
-        q, k, v = (from_storage(x, self.dtype) for x in (self.q, self.k, self.v))
-        scale = self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        arithmetic = Arithmetic.of(self.dtype, self.allow_tf32)
-        return AttentionReference(q, k, v, self.table, arithmetic, scale, self.q_freqs, self.key_mask)
-
-    def check(self) -> tuple[Array, Array, dict[str, Array]]:
-        """Runs both passes and compares everything with the reference."""
-        reference = self.reference()
-        out, lse = self.forward()
-        reference.lse.check(lse.astype(np.float64), "lse")
-        reference.out.check(from_storage(out, self.dtype), "out")
-        gradients = self.backward(out, lse)
-        expected = reference.backward(from_storage(self.grad_out, self.dtype), self.grad_lse)
-        assert set(gradients) == set(self.wanted)
-        for name, gradient in gradients.items():
-            computed = gradient if name == "q_freqs" else from_storage(gradient, self.dtype)
-            expected[name].check(computed, f"grad_{name}")
-        return out, lse, gradients
-
-
-def make_freqs(rng: np.random.Generator, batch: int, tokens: int, head_dim: int) -> Array:
-    """Complex factors of any modulus."""
-    shape = (batch, tokens, head_dim // 2)
-    factors = rng.uniform(0.7, 1.3, shape) * np.exp(1j * rng.uniform(0, 2 * math.pi, shape))
-    return np.asarray(factors, np.complex64)
-
-
-def make_case(
-    dtype: str = "bfloat16", batch: int = 1, n_queries: int = N_QUERIES, n_keys: int = N_KEYS, heads: int = 1,
-    head_dim: int = 64, table: Table = RAGGED, freqs_batch: int = 0, keep: float = 1.0, seed: int = 0,
-) -> Case:  # fmt: skip
-    """Random inputs with a mean; factors where `freqs_batch` > 0, a key mask where `keep` < 1."""
-    rng = np.random.default_rng(seed)
-
-    def tensor(tokens: int) -> Array:
-        return to_storage(rng.normal(0.2, 1.0, (batch, tokens, heads, head_dim)), dtype)
-
-    q, k, v, grad_out = tensor(n_queries), tensor(n_keys), tensor(n_keys), tensor(n_queries)
-    grad_lse = rng.normal(size=(batch, heads, n_queries)).astype(np.float32)
-    case = Case(dtype, q, k, v, grad_out, grad_lse, table)
-    if freqs_batch:
-        case.q_freqs = make_freqs(rng, freqs_batch, n_queries, head_dim)
-    if keep < 1:
-        case.key_mask = rng.uniform(size=(batch, n_keys)) < keep
-    return case
-
-
-def nan_storage(dtype: str) -> float | int:
-    return {"bfloat16": 0x7FC0, "float16": 0x7E00, "float32": math.nan}[dtype]
+# (dtype, allow_tf32, generation of kernels)
+KERNELS = [
+    ("bfloat16", False, "sm80"),
+    ("float16", False, "sm80"),
+    ("float32", False, "sm80"),
+    ("float32", True, "sm80"),
+    ("bfloat16", False, "sm90"),
+    ("float16", False, "sm90"),
+]
+# One 16-bit type of every generation, and float32.
+KINDS = [("bfloat16", "sm80"), ("float32", "sm80"), ("bfloat16", "sm90")]
+GENERATIONS = ["sm80", "sm90"]
 
 
 @pytest.mark.parametrize("head_dim", [32, 48, 64, 96, 128, 256])
-@pytest.mark.parametrize(("dtype", "allow_tf32"), PRECISIONS)
-def test_native_head_dims(dtype: str, allow_tf32: bool, head_dim: int) -> None:
-    case = make_case(dtype, head_dim=head_dim, seed=head_dim)
+@pytest.mark.parametrize(("dtype", "allow_tf32", "generation"), KERNELS)
+def test_native_head_dims(dtype: str, allow_tf32: bool, generation: str, head_dim: int) -> None:
+    case = make_case(dtype, head_dim=head_dim, seed=head_dim, generation=generation)
     case.allow_tf32 = allow_tf32
     case.check()
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 40, 56, 80, 112, 136, 248])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_other_head_dims_run_through_the_next_size_up(dtype: str, head_dim: int) -> None:
-    make_case(dtype, n_queries=70, n_keys=60, head_dim=head_dim, table=[((3, 70), [(5, 60)])]).check()
+@pytest.mark.parametrize(("dtype", "generation"), KINDS)
+def test_other_head_dims_run_through_the_next_size_up(dtype: str, generation: str, head_dim: int) -> None:
+    table: Table = [((3, 70), [(5, 60)])]
+    make_case(dtype, n_queries=70, n_keys=60, head_dim=head_dim, table=table, generation=generation).check()
 
 
-@pytest.mark.parametrize(("dtype", "allow_tf32"), PRECISIONS)
+@pytest.mark.parametrize(("dtype", "allow_tf32", "generation"), KERNELS)
 @pytest.mark.parametrize("freqs_batch", [1, 2])
-def test_rotated_queries_heads_batch_and_mask(dtype: str, allow_tf32: bool, freqs_batch: int) -> None:
-    case = make_case(dtype, batch=2, heads=3, freqs_batch=freqs_batch, keep=0.5)
+def test_rotated_queries_heads_batch_and_mask(dtype: str, allow_tf32: bool, generation: str, freqs_batch: int) -> None:
+    case = make_case(dtype, batch=2, heads=3, freqs_batch=freqs_batch, keep=0.5, generation=generation)
     case.allow_tf32 = allow_tf32
     case.check()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("dtype", "generation"), [("float16", "sm80"), ("float32", "sm80"), ("float16", "sm90")])
 @pytest.mark.parametrize("freqs_batch", [1, 2])
 @pytest.mark.parametrize("wanted", [("q", "k", "v", "q_freqs"), ("q_freqs",)])
-def test_gradient_of_factors(dtype: str, freqs_batch: int, wanted: tuple[str, ...]) -> None:
+def test_gradient_of_factors(dtype: str, generation: str, freqs_batch: int, wanted: tuple[str, ...]) -> None:
     case = make_case(dtype, batch=2, n_queries=90, n_keys=70, heads=2, head_dim=32, freqs_batch=freqs_batch,
-                     table=[((0, 80), [(0, 70)])])  # fmt: skip
+                     table=[((0, 80), [(0, 70)])], generation=generation)  # fmt: skip
     case.wanted = wanted
     case.check()
 
@@ -152,14 +77,14 @@ def test_only_wanted_gradients_are_computed(wanted: tuple[str, ...], head_dim: i
     assert any("backward_key" in name for name in launched) == bool({"k", "v"} & set(wanted))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_error_is_that_of_rounding(dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "generation"), KINDS)
+def test_error_is_that_of_rounding(dtype: str, generation: str) -> None:
     """The bounds allow errors to add up; on random data they cancel, so the mean square says more.
 
     An output is rounded once and is a mean of values whose weights were rounded once: two roundings, each with a
     standard deviation of u / √3, of numbers no larger than the root mean square of the result's terms.
     """
-    case = make_case(dtype, n_queries=256, n_keys=320, table=[((0, 256), [(0, 320)])])
+    case = make_case(dtype, n_queries=256, n_keys=320, table=[((0, 256), [(0, 320)])], generation=generation)
     reference = case.reference()
     out, _, gradients = case.check()
     expected = reference.backward(from_storage(case.grad_out, dtype), case.grad_lse)
@@ -172,22 +97,23 @@ def test_error_is_that_of_rounding(dtype: str) -> None:
         assert relative < 2 * unit, f"{name}: {relative / unit:.2f} units"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_views_into_a_packed_projection_are_read_in_place(dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "generation"), KINDS)
+def test_views_into_a_packed_projection_are_read_in_place(dtype: str, generation: str) -> None:
     rng = np.random.default_rng(1)
     packed = to_storage(rng.normal(size=(2, 60, 3, 2, 64)), dtype)
-    case = make_case(dtype, batch=2, n_queries=60, n_keys=60, heads=2, table=[((0, 60), [(0, 37), (41, 60)])])
+    case = make_case(dtype, batch=2, n_queries=60, n_keys=60, heads=2, table=[((0, 60), [(0, 37), (41, 60)])],
+                     generation=generation)  # fmt: skip
     case.q, case.k, case.v = packed[:, :, 0], packed[:, :, 1], packed[:, :, 2]
     # (B, H, N, D) in memory
     case.grad_out = np.ascontiguousarray(case.grad_out.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
     case.check()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("dtype", "generation"), KINDS)
 @pytest.mark.parametrize("head_dim", [40, 64])
-def test_pointers_and_strides_that_are_only_element_aligned(dtype: str, head_dim: int) -> None:
+def test_pointers_and_strides_that_are_only_element_aligned(dtype: str, generation: str, head_dim: int) -> None:
     case = make_case(dtype, batch=2, n_queries=50, n_keys=45, heads=2, head_dim=head_dim, freqs_batch=2,
-                     table=[((0, 50), [(2, 45)])])  # fmt: skip
+                     table=[((0, 50), [(2, 45)])], generation=generation)  # fmt: skip
 
     def shifted(x: Array) -> Array:
         base = np.zeros((*x.shape[:-1], x.shape[-1] + 3), x.dtype)
@@ -199,15 +125,17 @@ def test_pointers_and_strides_that_are_only_element_aligned(dtype: str, head_dim
     case.check()
 
 
-def test_broadcast_views() -> None:
-    case = make_case(batch=2, n_queries=40, n_keys=30, heads=2, table=[((0, 40), [(0, 30)])])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_broadcast_views(generation: str) -> None:
+    case = make_case(batch=2, n_queries=40, n_keys=30, heads=2, table=[((0, 40), [(0, 30)])], generation=generation)
     case.k = np.broadcast_to(case.k[:1, :, :1], case.k.shape)
     case.grad_out = np.broadcast_to(case.grad_out[:, :1], case.grad_out.shape)
     case.check()
 
 
-def test_rows_without_keys() -> None:
-    case = make_case(table=[((10, 40), [])], n_queries=50, n_keys=30)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_rows_without_keys(generation: str) -> None:
+    case = make_case(table=[((10, 40), [])], n_queries=50, n_keys=30, generation=generation)
     out, lse, gradients = case.check()
     assert not out.any() and np.isneginf(lse).all()
     assert not any(gradient.any() for gradient in gradients.values())
@@ -216,14 +144,16 @@ def test_rows_without_keys() -> None:
 @pytest.mark.parametrize(
     ("batch", "n_queries", "n_keys", "heads"), [(0, 9, 9, 1), (1, 0, 9, 1), (1, 9, 0, 1), (1, 9, 9, 0), (1, 0, 0, 1)]
 )
-def test_zero_sizes(batch: int, n_queries: int, n_keys: int, heads: int) -> None:
-    make_case(batch=batch, n_queries=n_queries, n_keys=n_keys, heads=heads, table=[]).check()
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_zero_sizes(batch: int, n_queries: int, n_keys: int, heads: int, generation: str) -> None:
+    make_case(batch=batch, n_queries=n_queries, n_keys=n_keys, heads=heads, table=[], generation=generation).check()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_masked_and_unread_keys_reach_nothing(dtype: str) -> None:
+@pytest.mark.parametrize(("dtype", "generation"), KINDS)
+def test_masked_and_unread_keys_reach_nothing(dtype: str, generation: str) -> None:
     """NaN in keys that are masked, or in no range, changes no bit."""
-    case = make_case(dtype, batch=2, n_queries=100, n_keys=300, heads=2, table=[((0, 100), [(10, 130), (140, 290)])])
+    case = make_case(dtype, batch=2, n_queries=100, n_keys=300, heads=2, table=[((0, 100), [(10, 130), (140, 290)])],
+                     generation=generation)  # fmt: skip
     mask = np.random.default_rng(0).uniform(size=(2, 300)) < 0.5
     mask[0, 64:200] = False  # whole tiles
     mask[1] = False  # a batch element without any key
@@ -242,8 +172,9 @@ def test_masked_and_unread_keys_reach_nothing(dtype: str) -> None:
         np.testing.assert_array_equal(gradient, gradients[name], err_msg=name)
 
 
-def test_nan_of_a_query_stays_in_its_row() -> None:
-    case = make_case(n_queries=40, n_keys=30, table=[((0, 40), [(0, 30)])])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_nan_of_a_query_stays_in_its_row(generation: str) -> None:
+    case = make_case(n_queries=40, n_keys=30, table=[((0, 40), [(0, 30)])], generation=generation)
     expected, _ = case.forward()
     case.q = case.q.copy()
     case.q[0, 7, 0, 3] = nan_storage("bfloat16")
@@ -254,16 +185,19 @@ def test_nan_of_a_query_stays_in_its_row() -> None:
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 1e-40, 30.0])
-def test_scales(scale: float) -> None:
-    case = make_case("float32", n_queries=40, n_keys=70, table=[((0, 40), [(0, 70)])])
+@pytest.mark.parametrize(("dtype", "generation"), [("float32", "sm80"), ("float16", "sm90")])
+def test_scales(scale: float, dtype: str, generation: str) -> None:
+    case = make_case(dtype, n_queries=40, n_keys=70, table=[((0, 40), [(0, 70)])], generation=generation)
     case.scale = scale
     case.check()
 
 
-def test_scores_far_from_zero() -> None:
+@pytest.mark.parametrize(("dtype", "generation"), [("float32", "sm80"), ("float16", "sm90")])
+def test_scores_far_from_zero(dtype: str, generation: str) -> None:
     """exp of the scores over- and underflows; exp of their differences does not."""
-    case = make_case("float32", n_queries=40, n_keys=70, table=[((0, 40), [(0, 70)])])
-    case.k = case.k + np.float32(20) * np.sign(np.random.default_rng(0).normal(size=(1, 70, 1, 1))).astype(np.float32)
+    case = make_case(dtype, n_queries=40, n_keys=70, table=[((0, 40), [(0, 70)])], generation=generation)
+    signs = np.sign(np.random.default_rng(0).normal(size=(1, 70, 1, 1)))
+    case.k = to_storage(from_storage(case.k, dtype) + 20 * signs, dtype)
     lse = case.reference().lse.value
     assert lse.max() > 80 or lse.min() < -80
     case.check()
@@ -285,16 +219,19 @@ def test_few_keys_are_split_over_queries(dtype: str, head_dim: int) -> None:
         np.testing.assert_array_equal(runs[0][name], runs[1][name], err_msg=name)
 
 
-def test_large_table_travels_through_device_memory() -> None:
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_large_table_travels_through_device_memory(generation: str) -> None:
     table = [((4 * i, 4 * i + 3), [(2 * i, 2 * i + 1), (2 * i + 1, 2 * i + 2)][: i % 3]) for i in range(150)]
-    case = make_case(n_queries=600, n_keys=300, table=table, head_dim=32)
+    case = make_case(n_queries=600, n_keys=300, table=table, head_dim=32, generation=generation)
     case.check()
     assert any(name == "upload" for name, _, _ in case.run.launches)
 
 
-def test_element_offsets_beyond_32_bits() -> None:
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_element_offsets_beyond_32_bits(generation: str) -> None:
     """Tokens 2^26 elements apart; only the touched pages of the address range are ever memory."""
-    case = make_case("float16", n_queries=40, n_keys=40, head_dim=32, table=[((0, 40), [(0, 40)])])
+    table: Table = [((0, 40), [(0, 40)])]
+    case = make_case("float16", n_queries=40, n_keys=40, head_dim=32, table=table, generation=generation)
 
     def spread(x: Array) -> Array:
         step = 1 << 26
@@ -334,7 +271,7 @@ def test_rope(dtype: str, freqs_batch: int, head_dim: int) -> None:
 def test_every_architecture_gets_what_is_emulated(instantiation: str) -> None:
     """nvcc makes native code of this PTX for sm_80, and ships it for later architectures: only the target differs."""
     # The debug sections after the code hold names that differ from run to run.
-    texts = [ptx_file(instantiation, architecture).read_text() for architecture in (80, 90)]
+    texts = [ptx_file(instantiation, architecture).read_text() for architecture in ("80", "90")]
     native, shipped = (text.partition("\t.section\t.debug")[0] for text in texts)
     assert ".entry" in native
     assert native.replace(".target sm_80", ".target sm_90") == shipped

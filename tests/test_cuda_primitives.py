@@ -171,6 +171,30 @@ def test_exp2_and_log2_are_as_exact_as_documented(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_exp2_by_a_polynomial(device: str) -> None:
+    """Between every two neighbouring halves of integers, and where powers become zero."""
+    rng = np.random.default_rng(6)
+    for start in range(-126, 126, 16):
+        x = np.minimum(start + 16 * rng.random(32), 126).astype(np.float32)
+        y = run(device, "exp2_polynomial", float_words(x))[:32].view(np.float32).astype(np.float64)
+        np.testing.assert_allclose(y, np.exp2(x.astype(np.float64)), rtol=2.0**-22.5)
+    x = np.full(32, -127.5, np.float32)
+    x[:8] = [0, -0.0, 1, 126, -126.6, -1000, -np.inf, np.nan]
+    y = run(device, "exp2_polynomial", float_words(x))[:32].view(np.float32)
+    np.testing.assert_array_equal(y[:8], np.array([1, 1, 2, 2.0**126, 0, 0, 0, np.nan], np.float32))
+    assert not y[8:].any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_maximum_keeps_nan(device: str) -> None:
+    a, b = random_floats(32), random_floats(32, seed=1)
+    a[0] = b[1] = np.nan
+    a[2], b[2] = -np.inf, 3
+    out = run(device, "maximum_or_nan", np.stack([float_words(a), float_words(b)]))[:32].view(np.float32)
+    np.testing.assert_array_equal(out, np.maximum(a, b))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_shared_accesses(device: str) -> None:
     words = np.random.default_rng(5).integers(0, 1 << 30, (4, 32), np.uint32)
     out = run(device, "shared_accesses", words)

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdlib>
+
 #include "host/checks.h"
 #include "host/device.h"
 #include "kernels/cuda/attention.h"
@@ -34,21 +36,26 @@ int attribute(cudaDeviceAttr name, int device) {
 class Context {
  public:
   explicit Context(const Tensor& like)
-      : device_(like.get_device_index()), guard_(device_), stream_(current_stream(device_)) {
-    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device_);
-    check(major >= 8, "the GPU is too old: compute capability 8.0 (Ampere) is needed, cuda:", device_, " has ", major,
+      : device_(like.get_device_index()),
+        guard_(device_),
+        stream_(current_stream(device_)),
+        major_(attribute(cudaDevAttrComputeCapabilityMajor, device_)) {
+    check(major_ >= 8, "the GPU is too old: compute capability 8.0 (Ampere) is needed, cuda:", device_, " has ", major_,
           ".", attribute(cudaDevAttrComputeCapabilityMinor, device_));
   }
 
   cudaStream_t stream() const { return stream_; }
   cuda::Options options(bool allow_tf32) const {
-    return {.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device_), .allow_tf32 = allow_tf32};
+    return {.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device_),
+            .allow_tf32 = allow_tf32,
+            .generation = cuda::generation_of(major_, std::getenv("ANCHOR_ATTENTION_CUDA_KERNELS"))};
   }
 
  private:
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_;
+  int major_;
 };
 
 // From torch's caching allocator, which orders reuse by the stream and keeps what a graph has captured.

@@ -3,11 +3,14 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/sm80/kernel_params.h"
-#include "kernels/cuda/sm80/plan.h"
+#include "kernels/cuda/common/plan.h"
+#include "kernels/cuda/sm80/config.h"
+#include "kernels/cuda/sm90/backward_schedule.h"
+#include "kernels/cuda/sm90/config.h"
 #include "key_ranges.h"
 
 namespace py = pybind11;
@@ -74,8 +77,29 @@ aa::AttentionParams attention_params(const py::dict& fields, const aa::KeyRangeT
   return p;
 }
 
-aa::sm80::PlanOptions options(const py::dict& fields) {
-  return {field<int>(fields, "multiprocessors", 132), field<bool>(fields, "allow_tf32", false)};
+aa::cuda::PlanOptions options(const py::dict& fields) {
+  const bool hopper = field<std::string>(fields, "generation", "sm80") == "sm90";
+  return {field<int>(fields, "multiprocessors", 132), field<bool>(fields, "allow_tf32", false),
+          hopper ? aa::cuda::Generation::sm90 : aa::cuda::Generation::sm80, field<bool>(fields, "deterministic", true)};
+}
+
+// (offset in the parameters, arguments of the encoder) of each tensor map; enumerators by their values in cuda.h.
+py::list tensor_maps(const aa::cuda::LaunchPlan& launch) {
+  static constexpr int kTypes[] = {9, 6, 7};  // bfloat16, float16, float32
+  py::list maps;
+  for (const aa::TensorMapPlan& map : launch.tensor_maps) {
+    py::dict arguments;
+    arguments["data_type"] = kTypes[static_cast<int>(map.type)];
+    arguments["rank"] = map.sizes.size();
+    arguments["address"] = reinterpret_cast<uintptr_t>(map.address);
+    arguments["dims"] = map.sizes;
+    arguments["strides"] = map.strides;
+    arguments["box"] = map.box_sizes;
+    arguments["element_strides"] = std::array<int, 4>{1, 1, 1, 1};
+    arguments["swizzle"] = static_cast<int>(map.swizzle);
+    maps.append(py::make_tuple(map.params_offset, arguments));
+  }
+  return maps;
 }
 
 aa::RopeParams rope_params(const py::dict& fields) {
@@ -93,13 +117,13 @@ aa::RopeParams rope_params(const py::dict& fields) {
   return p;
 }
 
-aa::sm80::Plan plan_attention_forward(const py::dict& fields) {
+aa::cuda::Plan plan_attention_forward(const py::dict& fields) {
   const aa::KeyRangeTable table = table_of(fields);
-  return aa::sm80::plan_attention_forward(attention_params(fields, table), options(fields),
+  return aa::cuda::plan_attention_forward(attention_params(fields, table), options(fields),
                                           pointer(fields, "workspace"));
 }
 
-aa::sm80::Plan plan_attention_backward(const py::dict& fields) {
+aa::cuda::Plan plan_attention_backward(const py::dict& fields) {
   const aa::KeyRangeTable table = table_of(fields);
   aa::AttentionBackwardParams p{};
   p.forward = attention_params(fields, table);
@@ -110,39 +134,60 @@ aa::sm80::Plan plan_attention_backward(const py::dict& fields) {
   p.grad_k = pointer(fields, "grad_k");
   p.grad_v = pointer(fields, "grad_v");
   p.grad_q_freqs = pointer(fields, "grad_q_freqs");
-  return aa::sm80::plan_attention_backward(p, options(fields), pointer(fields, "workspace"));
+  return aa::cuda::plan_attention_backward(p, options(fields), pointer(fields, "workspace"));
 }
 
-aa::sm80::Plan plan_rope(const py::dict& fields) { return aa::sm80::plan_rope(rope_params(fields)); }
+// Words and sizes of a schedule of the sm_90 backward.
+py::dict backward_schedule(const py::dict& fields, int queries_per_tile, int64_t items) {
+  const aa::KeyRangeTable table = table_of(fields);
+  const aa::sm90::BackwardSchedule schedule = aa::sm90::make_backward_schedule(
+      table.view(), fields["n_queries"].cast<int64_t>(), fields["n_keys"].cast<int64_t>(), queries_per_tile, items);
+  py::dict result;
+  result["keys"] = schedule.keys.words;
+  result["queries"] = schedule.queries.words;
+  result["n_key_groups"] = schedule.keys.n_groups;
+  result["n_query_groups"] = schedule.queries.n_groups;
+  result["n_ranges"] = schedule.n_ranges;
+  result["n_query_tiles"] = schedule.n_query_tiles;
+  return result;
+}
 
-aa::sm80::Plan plan_rope_backward(const py::dict& fields) {
+aa::cuda::Plan plan_rope(const py::dict& fields) { return aa::cuda::plan_rope(rope_params(fields)); }
+
+aa::cuda::Plan plan_rope_backward(const py::dict& fields) {
   aa::RopeBackwardParams p{};
   p.forward = rope_params(fields);
   p.grad_out = pointer(fields, "grad_out");
   p.grad_out_strides = strides(fields, "grad_out_strides");
   p.grad_x = pointer(fields, "grad_x");
   p.grad_freqs = pointer(fields, "grad_freqs");
-  return aa::sm80::plan_rope_backward(p);
+  return aa::cuda::plan_rope_backward(p);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(CUDA_PLANS_MODULE, module) {
-  using aa::sm80::LaunchPlan;
-  using aa::sm80::Plan;
+  using aa::cuda::LaunchPlan;
+  using aa::cuda::Plan;
   py::class_<LaunchPlan>(module, "LaunchPlan")
       .def_property_readonly("name", [](const LaunchPlan& launch) { return launch.kernel.name(); })
       .def_readonly("grid", &LaunchPlan::grid)
       .def_readonly("block", &LaunchPlan::block)
       .def_readonly("shared_bytes", &LaunchPlan::shared_bytes)
+      .def_property_readonly("tensor_maps", &tensor_maps)
       .def_property_readonly("params", [](const LaunchPlan& launch) {
         return py::bytes(reinterpret_cast<const char*>(launch.params.data()), launch.params.size());
       });
   py::class_<Plan>(module, "Plan")
       .def_readonly("launches", &Plan::launches)
       .def_readonly("workspace_bytes", &Plan::workspace_bytes);
+  module.def("generation_of", [](int major, const std::optional<std::string>& pinned) {
+    const auto generation = aa::cuda::generation_of(major, pinned ? pinned->c_str() : nullptr);
+    return generation == aa::cuda::Generation::sm90 ? "sm90" : "sm80";
+  });
   module.def("plan_attention_forward", &plan_attention_forward);
   module.def("plan_attention_backward", &plan_attention_backward);
+  module.def("backward_schedule", &backward_schedule);
   module.def("plan_rope", &plan_rope);
   module.def("plan_rope_backward", &plan_rope_backward);
   module.def("shared_bytes", [](int pass, int precision, int head_dim) {

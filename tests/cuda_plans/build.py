@@ -21,9 +21,12 @@ _CUDA = _CSRC / "kernels" / "cuda"
 _PLAN_SOURCES = (
     Path(__file__).parent / "bindings.cpp",
     _CSRC / "key_ranges.cpp",
-    *(_CUDA / "sm80" / f"{name}.cpp" for name in ("plan_attention", "plan_rope", "schedule")),
+    *(_CUDA / "common" / f"{name}.cpp" for name in ("plan_attention", "plan_detail", "plan_rope", "schedule")),
+    _CUDA / "sm80" / "plan_attention.cpp",
+    *(_CUDA / "sm90" / f"{name}.cpp" for name in ("backward_schedule", "plan_forward", "plan_backward", "plan_detail")),
 )
-INSTANTIATIONS = _CUDA / "sm80" / "instantiations"
+# Architecture that is compiled for where none is asked for; wgmma exists for one architecture only.
+_ARCHITECTURES = {"common": "80", "sm80": "80", "sm90": "90a"}
 _NVCC_FLAGS = ("-std=c++20", "-lineinfo", f"-I{_CSRC}")
 _MODULE = "cuda_plans_native"
 
@@ -36,8 +39,13 @@ def _headers_digest() -> str:
     return digest.hexdigest()
 
 
-def _cached(kind: str, sources: tuple[Path, ...], salt: str, name: str, command: Sequence[object]) -> Path:
-    """The output of `command` (which gets `-o PATH` appended), run if no cached output of the same inputs exists."""
+def _cached(
+    kind: str, sources: tuple[Path, ...], salt: str, name: str, command: Sequence[object], *, keep_report: bool = False
+) -> Path:
+    """The output of `command` (which gets `-o PATH` appended), run if no cached output of the same inputs exists.
+
+    With `keep_report` what the command prints is kept in place of its output.
+    """
     digest = hashlib.sha256((_headers_digest() + salt).encode())
     for source in sources:
         digest.update(source.read_bytes())
@@ -50,6 +58,8 @@ def _cached(kind: str, sources: tuple[Path, ...], salt: str, name: str, command:
         result = subprocess.run([*map(str, command), "-o", output], capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{name} does not compile:\n{result.stdout}{result.stderr}")
+        if keep_report:
+            output.write_text(result.stdout + result.stderr)
         os.replace(output, target)
     return target
 
@@ -81,17 +91,36 @@ def nvcc() -> str:
     return found
 
 
+def generation(instantiation: str) -> str:
+    """The folder of kernels that an instantiation belongs to: "sm90" for names that begin so."""
+    if instantiation.startswith("sm90_"):
+        return "sm90"
+    return "sm80" if instantiation.startswith("attention_") else "common"
+
+
+def source_file(instantiation: str) -> Path:
+    """The file that instantiates the kernels."""
+    return _CUDA / generation(instantiation) / "instantiations" / f"{instantiation.removeprefix('sm90_')}.cu"
+
+
 def compile_command(instantiation: str) -> list[str | Path]:
-    """The nvcc command of `instantiations/<instantiation>.cu`, without a target and an output."""
-    return [nvcc(), *_NVCC_FLAGS, INSTANTIATIONS / f"{instantiation}.cu"]
+    """The nvcc command of an instantiation, without a target and an output."""
+    return [nvcc(), *_NVCC_FLAGS, source_file(instantiation)]
 
 
-def ptx_file(instantiation: str, architecture: int = 80) -> Path:
-    """PTX of `instantiations/<instantiation>.cu`."""
-    source = INSTANTIATIONS / f"{instantiation}.cu"
-    target = f"-arch=compute_{architecture}"
+def ptx_file(instantiation: str, architecture: str | None = None) -> Path:
+    """PTX of an instantiation."""
+    target = f"-arch=compute_{architecture or _ARCHITECTURES[generation(instantiation)]}"
     command = [*compile_command(instantiation), "-ptx", target]
-    return _cached("ptx", (source,), target + " ".join(_NVCC_FLAGS[:-1]), f"{instantiation}.ptx", command)
+    salt = target + " ".join(_NVCC_FLAGS[:-1])
+    return _cached("ptx", (source_file(instantiation),), salt, f"{instantiation}.ptx", command)
+
+
+def compiler_report(instantiation: str) -> str:
+    """What the compiler says of the machine code of an sm_90a instantiation: registers, spills, warnings."""
+    source = source_file(instantiation)
+    command = [*compile_command(instantiation), "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
+    return _cached("reports", (source,), "", f"{instantiation}.txt", command, keep_report=True).read_text()
 
 
 def primitives_ptx() -> Path:
@@ -100,6 +129,13 @@ def primitives_ptx() -> Path:
     return _cached(
         "ptx", (source,), "primitives", "primitives.ptx", [nvcc(), *_NVCC_FLAGS, source, "-ptx", "-arch=compute_80"]
     )
+
+
+def primitives_sm90_ptx() -> Path:
+    """PTX of the kernels around the primitives of sm_90a."""
+    source = Path(__file__).parent / "primitives_sm90.cu"
+    command = [nvcc(), *_NVCC_FLAGS, source, "-ptx", "-arch=compute_90a"]
+    return _cached("ptx", (source,), "primitives_sm90", "primitives_sm90.ptx", command)
 
 
 def primitives_library() -> Path:

@@ -86,6 +86,11 @@ KERNEL(f16_to_float) { out[threadIdx.x] = __float_as_uint(ptx::f16_to_float(stat
 KERNEL(round_to_tf32) { out[threadIdx.x] = ptx::round_to_tf32(__uint_as_float(in[threadIdx.x])); }
 KERNEL(exp2_approx) { out[threadIdx.x] = __float_as_uint(ptx::exp2_approx(__uint_as_float(in[threadIdx.x]))); }
 KERNEL(log2_approx) { out[threadIdx.x] = __float_as_uint(ptx::log2_approx(__uint_as_float(in[threadIdx.x]))); }
+KERNEL(exp2_polynomial) { out[threadIdx.x] = __float_as_uint(ptx::exp2_polynomial(__uint_as_float(in[threadIdx.x]))); }
+KERNEL(maximum_or_nan) {
+  const float maximum = ptx::maximum_or_nan(__uint_as_float(in[threadIdx.x]), __uint_as_float(in[32 + threadIdx.x]));
+  out[threadIdx.x] = __float_as_uint(maximum);
+}
 KERNEL(shared_accesses) {
   __shared__ alignas(16) uint32_t words[256];
   const uint32_t base = ptx::shared_address(words);
@@ -137,6 +142,8 @@ extern "C" int run_kernel(const char* name, const uint32_t* in, uint32_t* out, i
                            {"round_to_tf32", round_to_tf32},
                            {"exp2_approx", exp2_approx},
                            {"log2_approx", log2_approx},
+                           {"exp2_polynomial", exp2_polynomial},
+                           {"maximum_or_nan", maximum_or_nan},
                            {"shared_accesses", shared_accesses},
                            {"ordering", ordering}};
   for (const Entry& entry : entries) {

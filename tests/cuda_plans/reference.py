@@ -148,7 +148,8 @@ class AttentionReference:
         def product(x: F64, x_error: F64, y: F64, terms: int, factor: float) -> Bounded:
             value = factor * x @ y
             operand_error = a.rounded_operand + a.operand + (terms + 8) * _FLOAT32
-            error = abs(factor) * (x_error + np.abs(x) * operand_error) @ np.abs(y)
+            # `smallest` is what an operand loses where it underflows.
+            error = abs(factor) * (x_error + np.abs(x) * operand_error + a.smallest) @ np.abs(y)
             error = error + a.stored * np.abs(value) + a.smallest
             return Bounded(value.transpose(0, 2, 1, 3), error.transpose(0, 2, 1, 3))
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..emulator import Counters, Memory, Module
+from ..emulator import Counters, Memory, Module, encode_tensor_map
 from .build import plans, ptx_file
 
 Array = NDArray[Any]
@@ -20,16 +20,24 @@ Array = NDArray[Any]
 Table = Sequence[tuple[tuple[int, int], Sequence[tuple[int, int]]]]
 
 _NAME = re.compile(
-    r"(?P<kind>forward|backward_query|backward_key|row_statistics|rope_freqs|rope|upload)"
+    r"(?P<generation>sm90_)?"
+    r"(?P<kind>forward|backward_query|backward_key|backward|row_statistics|query_gradient|rope_freqs|rope|upload)"
     r"(?:_(?P<precision>bfloat16|float16|tf32x3|tf32))?(?:_(?P<head_dim>\d+))?(?:_(?P<gradients>key|value))?$"
 )
 _ENTRIES = {
     "forward": "attention_forward",
     "backward_query": "attention_backward_query",
     "row_statistics": "attention_row_statistics",
-    "rope": "sm804rope",
+    "rope": "cuda4rope",
     "rope_freqs": "rope_freqs_gradient",
     "upload": "upload",
+}
+# Of sm90: the first part of an instantiation's name, and the entry.
+_SM90_ENTRIES = {
+    "forward": ("forward", "attention_forward"),
+    "backward": ("backward", "attention_backward.*QueryGradientE1"),
+    "backward_key": ("backward", "attention_backward.*QueryGradientE0"),
+    "query_gradient": ("backward", "attention_query_gradient"),
 }
 _KEY_GRADIENTS = {None: "KeyGradientsE0", "key": "KeyGradientsE1", "value": "KeyGradientsE2"}
 
@@ -39,22 +47,33 @@ def _module(instantiation: str) -> Module:
     return Module.from_ptx(ptx_file(instantiation))
 
 
-def locate(name: str) -> tuple[Module, str]:
-    """Module and PTX entry of the kernel that a plan calls `name`."""
+def _instantiation_and_entry(name: str) -> tuple[str, str]:
     match = _NAME.match(name)
     if match is None:
         raise ValueError(f"unknown kernel {name!r}")
     kind, precision, head_dim = match["kind"], match["precision"], match["head_dim"]
+    if match["generation"]:
+        file, entry = _SM90_ENTRIES[kind]
+        return f"sm90_{file}_{precision}_{head_dim}", entry
     if kind == "upload":
-        instantiation = "upload"
-    elif head_dim is None:
-        instantiation = f"elementwise_{'float32' if precision == 'tf32' else precision}"
-    else:
-        instantiation = f"attention_{precision}_{head_dim}"
-    module = _module(instantiation)
+        return "upload", _ENTRIES[kind]
+    if head_dim is None:
+        return f"elementwise_{'float32' if precision == 'tf32' else precision}", _ENTRIES[kind]
     if kind == "backward_key":
-        return module, module.find(f"attention_backward_key.*{_KEY_GRADIENTS[match['gradients']]}")
-    return module, module.find(_ENTRIES[kind])
+        return f"attention_{precision}_{head_dim}", f"attention_backward_key.*{_KEY_GRADIENTS[match['gradients']]}"
+    return f"attention_{precision}_{head_dim}", _ENTRIES[kind]
+
+
+def instantiation_of(name: str) -> tuple[str, str]:
+    """File and PTX entry of the kernel that a plan calls `name`."""
+    instantiation, entry = _instantiation_and_entry(name)
+    return instantiation, _module(instantiation).find(entry)
+
+
+def locate(name: str) -> tuple[Module, str]:
+    """Module and PTX entry of the kernel that a plan calls `name`."""
+    instantiation, entry = instantiation_of(name)
+    return _module(instantiation), entry
 
 
 @dataclass
@@ -64,7 +83,10 @@ class KernelRun:
     seed: int = 0
     concurrent_blocks: int = 1
     multiprocessors: int = 132
+    generation: str = "sm80"
+    deterministic: bool = True
     launches: list[tuple[str, int, Counters]] = field(default_factory=list)
+    shared_bytes: dict[str, int] = field(default_factory=dict)  # dynamic, by kernel name
 
 
 class _Device:
@@ -101,6 +123,15 @@ def _freqs_strides(freqs: Array | None) -> tuple[int, ...]:
     return (0 if freqs.shape[0] == 1 else batch, token)
 
 
+def with_tensor_maps(launch: Any) -> bytes:
+    """The parameters of a launch with its tensor maps encoded, by the emulator in place of the driver."""
+    params = bytearray(launch.params)
+    for offset, arguments in launch.tensor_maps:
+        encoded = encode_tensor_map(**arguments)
+        params[offset : offset + len(encoded)] = encoded
+    return bytes(params)
+
+
 def _run(plan: Callable[[dict[str, Any]], Any], fields: dict[str, Any], device: _Device, run: KernelRun) -> None:
     planned = plan(fields)
     if planned.workspace_bytes:
@@ -110,10 +141,11 @@ def _run(plan: Callable[[dict[str, Any]], Any], fields: dict[str, Any], device: 
     for launch in planned.launches:
         module, entry = locate(launch.name)
         counters = module.launch(
-            entry, launch.grid, launch.block, launch.shared_bytes, launch.params, device.memory,
+            entry, launch.grid, launch.block, launch.shared_bytes, with_tensor_maps(launch), device.memory,
             seed=run.seed, concurrent_blocks=run.concurrent_blocks,
         )  # fmt: skip
         run.launches.append((launch.name, launch.grid, counters))
+        run.shared_bytes[launch.name] = launch.shared_bytes
 
 
 def _attention_fields(
@@ -126,6 +158,8 @@ def _attention_fields(
         "dtype": dtype,
         "allow_tf32": allow_tf32,
         "multiprocessors": run.multiprocessors,
+        "generation": run.generation,
+        "deterministic": run.deterministic,
         "q": device.address(q),
         "k": device.address(k),
         "v": device.address(v),

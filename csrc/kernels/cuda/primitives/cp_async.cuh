@@ -5,10 +5,6 @@
 
 namespace anchor_attention::ptx {
 
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // Copies kBytes; where `read` is false it writes zeros and does not touch `global`, which may then point anywhere.
 // `.cg` keeps streamed tiles out of L1.
 template <int kBytes>

@@ -4,26 +4,15 @@
 #include <array>
 #include <cstdint>
 
+#include "kernels/cuda/common/config.h"
+
 namespace anchor_attention::sm80 {
 
-// How products are formed. Both tf32 forms read and write float32.
-enum class Precision : int32_t { bfloat16, float16, tf32, tf32x3 };
+using namespace cuda;
 
 enum class Pass : int32_t { forward, backward_query, backward_key };
 
-// Which gradients a block of the key pass accumulates. Both at once do not fit the registers of the widest heads.
-enum class KeyGradients : int32_t { both, key, value };
-constexpr int kWidestHeadOfBothGradients = 128;
-
-constexpr int bytes_per_element(Precision precision) {
-  return precision == Precision::bfloat16 || precision == Precision::float16 ? 2 : 4;
-}
-
 constexpr int kPipelineStages = 2;
-
-// Of the memory-bound kernels; the row statistics share a row among eight threads, 128 bytes a load.
-constexpr int kElementwiseThreads = 256;
-constexpr int kThreadsPerRow = 8;
 
 // A block keeps `rows` tokens of one axis (queries in the forward and in the query pass, keys in the key pass) and
 // streams `columns` tokens of the other per pipeline stage; a warp holds the scores of `step` columns at once.
@@ -39,7 +28,6 @@ struct TileShape {
   constexpr int rows_per_warp() const { return rows / warps; }
 };
 
-inline constexpr std::array<int, 6> kHeadDims = {32, 48, 64, 96, 128, 256};
 using TileTable = std::array<TileShape, kHeadDims.size()>;
 
 // 32 rows per warp let every key and value fragment feed two products, which halves shared-memory traffic; it is given
@@ -118,14 +106,6 @@ constexpr const TileTable& tile_table(Pass pass, Precision precision) {
     default:
       return wide ? kBackwardKey32 : kBackwardKey16;
   }
-}
-
-// The first native size that holds `head_dim`, or 0.
-constexpr int native_head_dim(int64_t head_dim) {
-  for (const int native : kHeadDims) {
-    if (head_dim > 0 && head_dim <= native) return native;
-  }
-  return 0;
 }
 
 constexpr TileShape tile_shape(Pass pass, Precision precision, int native_head_dim) {

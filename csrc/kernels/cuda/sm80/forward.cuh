@@ -4,14 +4,12 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/primitives/exp2.cuh"
+#include "kernels/cuda/common/softmax.cuh"
 #include "kernels/cuda/sm80/fragments.cuh"
 #include "kernels/cuda/sm80/kernels.h"
 #include "kernels/cuda/sm80/tile_io.cuh"
 
 namespace anchor_attention::sm80 {
-
-constexpr float kLn2 = 0.693147180559945309f;
 
 template <class P, int kHeadDim>
 struct ForwardTraits {
@@ -55,25 +53,6 @@ __device__ inline void load_rotated_q(uint32_t s_q, const ForwardKernelParams& p
     ptx::store_shared(s_q + row * Traits::kStride + channel * kBytes<P>, chunk.words);
   }
 }
-
-__device__ inline float maximum_over_quad(float value) {
-  value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, 1));
-  return fmaxf(value, __shfl_xor_sync(kFullWarp, value, 2));
-}
-
-__device__ inline float sum_over_quad(float value) {
-  value += __shfl_xor_sync(kFullWarp, value, 1);
-  return value + __shfl_xor_sync(kFullWarp, value, 2);
-}
-
-// What is subtracted from scaled scores: the maximum, or 0 while a row has met no key (−inf − −inf would be NaN).
-__device__ inline float softmax_shift(float maximum, float scale_log2) {
-  return maximum == -INFINITY ? 0.0f : maximum * scale_log2;
-}
-
-// The subtracted maximum may lag behind the true one by this many powers of two: probabilities up to 256 fit every
-// type, and the output needs rescaling in a few tiles only.
-constexpr float kMaximumLag = 8.0f;
 
 // Scores → probabilities against a running maximum; output and sum are brought to it where it moved.
 template <int kRowBlocks, int kScoreBlocks, int kOutBlocks>

@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/common/range_walk.cuh"
 #include "kernels/cuda/primitives/ldmatrix.cuh"
 #include "kernels/cuda/primitives/shared_memory.cuh"
 #include "kernels/cuda/sm80/precision.cuh"
-#include "kernels/cuda/sm80/range_walk.cuh"
 
 namespace anchor_attention::sm80 {
 

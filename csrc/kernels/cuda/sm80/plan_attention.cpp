@@ -1,84 +1,18 @@
-#include <algorithm>
-#include <cmath>
 #include <limits>
 #include <stdexcept>
 
-#include "kernels/cuda/sm80/plan_detail.h"
-#include "kernels/cuda/sm80/schedule.h"
+#include "kernels/cuda/common/plan_detail.h"
+#include "kernels/cuda/sm80/kernel_params.h"
+#include "kernels/cuda/sm80/plan.h"
 #include "key_ranges.h"
 
 namespace anchor_attention::sm80 {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
-
 // A shorter item costs more for its turn at the accumulators than it saves.
 constexpr int64_t kMinColumnTilesPerItem = 8;
 // Items per multiprocessor that a split aims at: enough for two resident blocks and an even end.
 constexpr int64_t kItemsPerMultiprocessor = 4;
-
-// Lays out device memory from a base that may be null while only the size is wanted.
-class Workspace {
- public:
-  explicit Workspace(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    const uintptr_t address = base_ + bytes_;
-    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
-    return reinterpret_cast<T*>(address);
-  }
-
-  int64_t bytes() const { return bytes_; }
-
- private:
-  uintptr_t base_;
-  int64_t bytes_ = 0;
-};
-
-RangesView view_of(const KeyRangeTableView& table) {
-  const auto n_groups = static_cast<size_t>(table.n_groups);
-  if (n_groups == 0) return {};
-  return {{table.q_ranges, 2 * n_groups},
-          {table.k_offsets, n_groups + 1},
-          {table.k_ranges, 2 * static_cast<size_t>(table.n_ranges)}};
-}
-
-// Fills a kernel's view of a schedule, with launches that carry it to the device where it is too large to travel along.
-void place_schedule(ScheduleView& view, const Schedule& schedule, Plan& plan, Workspace& workspace) {
-  view.n_groups = schedule.n_groups;
-  view.n_items = schedule.n_items;
-  view.n_accumulators = schedule.n_accumulators;
-  const auto n_words = static_cast<int64_t>(schedule.words.size());
-  if (n_words <= kInlineWords) {
-    std::copy(schedule.words.begin(), schedule.words.end(), view.inline_words);
-    return;
-  }
-  auto* destination = workspace.take<int32_t>(n_words);
-  view.device_words = destination;
-  for (int64_t first = 0; first < n_words; first += kUploadWords) {
-    UploadKernelParams upload{};
-    upload.destination = destination + first;
-    upload.n_words = static_cast<int32_t>(std::min<int64_t>(kUploadWords, n_words - first));
-    std::copy_n(schedule.words.begin() + first, upload.n_words, upload.words);
-    add_launch(plan, {KernelKind::upload, {}, 0, {}}, elementwise_blocks(upload.n_words), kElementwiseThreads, 0,
-               upload);
-  }
-}
-
-void check_sizes(const AttentionParams& params) {
-  check_head_dim(params.head_dim);
-  for (const int64_t size : {params.batch, params.n_queries, params.n_keys, params.heads}) {
-    if (size > std::numeric_limits<int32_t>::max()) {
-      throw std::invalid_argument("sizes must be below 2^31, got " + std::to_string(size));
-    }
-  }
-}
-
-// Zero would turn −inf scores into NaN; below this factor every score is as good as zero.
-float scale_log2(double scale) { return static_cast<float>(std::max(std::abs(scale) * kLog2E, 1e-30)); }
-
-const uint8_t* mask_bytes(const AttentionParams& params) { return reinterpret_cast<const uint8_t*>(params.key_mask); }
 
 void add_attention_launch(Plan& plan, Pass pass, const AttentionParams& params, const KernelId& kernel, int64_t n_items,
                           const auto& kernel_params) {

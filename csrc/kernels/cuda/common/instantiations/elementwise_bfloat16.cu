@@ -1,0 +1,7 @@
+#include "kernels/cuda/common/elementwise.cuh"
+
+namespace anchor_attention::cuda {
+template const void* statistics_kernel<Bfloat16>();
+template const void* rope_kernel<Bfloat16>();
+template const void* rope_freqs_kernel<Bfloat16>();
+}  // namespace anchor_attention::cuda

@@ -1,0 +1,78 @@
+// Launches as data: what a pass of the operation starts, in order, and the device memory that it needs. Plain C++, pure
+// functions: the CUDA launcher and the emulator execute the same plans.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/common/config.h"
+#include "kernels/cuda/common/tensor_map.h"
+#include "params.h"
+
+namespace anchor_attention::cuda {
+
+// The architecture that kernels are written for. The memory-bound ones of sm80 serve every architecture.
+enum class Generation : int32_t { sm80, sm90 };
+
+// The newest generation that a device of compute capability `major`.x runs. `pinned` is the value of the environment
+// variable ANCHOR_ATTENTION_CUDA_KERNELS or null: "sm80" pins those kernels; throws std::invalid_argument for what is
+// unknown.
+Generation generation_of(int major, const char* pinned);
+
+enum class KernelKind : int32_t {
+  forward,
+  backward,  // of sm90: all gradients in one pass
+  backward_query,
+  backward_key,
+  row_statistics,
+  query_gradient,  // of sm90: sums of it, rounded
+  rope,
+  rope_freqs,
+  upload,
+};
+
+struct KernelId {
+  KernelKind kind;
+  Precision precision;
+  int head_dim;            // native; 0 where the kernel takes every size
+  KeyGradients gradients;  // of backward_key
+  Generation generation = Generation::sm80;
+
+  // As in "forward_bfloat16_64" or "sm90_forward_bfloat16_64": the C++ function and its template arguments.
+  std::string name() const;
+};
+
+struct LaunchPlan {
+  KernelId kernel;
+  uint32_t grid;
+  uint32_t block;
+  uint32_t shared_bytes;                   // dynamic
+  std::vector<std::byte> params;           // the one argument, by value
+  std::vector<TensorMapPlan> tensor_maps;  // to be encoded into `params`
+};
+
+struct Plan {
+  std::vector<LaunchPlan> launches;
+  int64_t workspace_bytes = 0;
+};
+
+struct PlanOptions {
+  int multiprocessors = 1;                   // of the device that will run the plan
+  bool allow_tf32 = false;                   // one tf32 product per float32 product instead of three
+  Generation generation = Generation::sm80;  // the newest that the device runs and the caller allows
+  bool deterministic = true;                 // the same bits in every run; otherwise sums may be added in any order
+};
+
+// Pointers of `params` are device pointers, its table is in host memory and read here only. `workspace` is device
+// memory, 256-byte aligned, of the plan's `workspace_bytes`, which do not depend on it: plan with null to learn them.
+// Throws std::invalid_argument for what the kernels do not support: float64, a head_dim that is not a multiple of 8 or
+// exceeds 256, outputs that are not 16-byte aligned, more than 2^31 - 1 blocks. What the kernels of `generation` do not
+// take, those of an earlier one do.
+Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& options, void* workspace);
+Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOptions& options, void* workspace);
+Plan plan_rope(const RopeParams& params);
+Plan plan_rope_backward(const RopeBackwardParams& params);
+
+}  // namespace anchor_attention::cuda

@@ -1,0 +1,117 @@
+#include "kernels/cuda/common/plan_detail.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <stdexcept>
+
+namespace anchor_attention::cuda {
+
+std::string KernelId::name() const {
+  static constexpr const char* kKinds[] = {"forward",      "backward",       "backward_query",
+                                           "backward_key", "row_statistics", "query_gradient",
+                                           "rope",         "rope_freqs",     "upload"};
+  static constexpr const char* kPrecisions[] = {"bfloat16", "float16", "tf32", "tf32x3"};
+  static constexpr const char* kGradients[] = {"", "_key", "_value"};
+  std::string text = generation == Generation::sm90 ? "sm90_" : "";
+  text += kKinds[static_cast<int>(kind)];
+  if (kind == KernelKind::upload) return text;
+  text += std::string("_") + kPrecisions[static_cast<int>(precision)];
+  if (head_dim != 0) text += "_" + std::to_string(head_dim);
+  if (kind == KernelKind::backward_key) text += kGradients[static_cast<int>(gradients)];
+  return text;
+}
+
+Generation generation_of(int major, const char* pinned) {
+  const std::string kernels = pinned == nullptr ? "" : pinned;
+  if (kernels != "" && kernels != "sm80") {
+    throw std::invalid_argument("ANCHOR_ATTENTION_CUDA_KERNELS must be \"sm80\" or not set, got \"" + kernels + "\"");
+  }
+  return major == 9 && kernels == "" ? Generation::sm90 : Generation::sm80;
+}
+
+Precision precision_of(ScalarType dtype, bool allow_tf32) {
+  switch (dtype) {
+    case ScalarType::bfloat16:
+      return Precision::bfloat16;
+    case ScalarType::float16:
+      return Precision::float16;
+    case ScalarType::float32:
+      return allow_tf32 ? Precision::tf32 : Precision::tf32x3;
+    default:
+      throw std::invalid_argument("dtype float64 is not supported on CUDA");
+  }
+}
+
+void check_head_dim(int64_t head_dim) {
+  if (head_dim % 8 != 0 || native_head_dim(head_dim) == 0) {
+    throw std::invalid_argument("head_dim must be a multiple of 8 between 8 and 256 on CUDA, got " +
+                                std::to_string(head_dim));
+  }
+}
+
+void check_output(const void* output, const char* name) {
+  if (reinterpret_cast<uintptr_t>(output) % 16 != 0) {
+    throw std::invalid_argument(std::string(name) + " must be 16-byte aligned");
+  }
+}
+
+InputTensor input_tensor(const void* data, const Strides& strides, ScalarType dtype) {
+  const int64_t bytes = dtype == ScalarType::float32 ? 4 : 2;
+  const bool vectorised = reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides.batch * bytes % 16 == 0 &&
+                          strides.token * bytes % 16 == 0 && strides.head * bytes % 16 == 0;
+  return {data, strides, vectorised};
+}
+
+Strides contiguous_strides(int64_t tokens, int64_t heads, int64_t head_dim) {
+  return {tokens * heads * head_dim, heads * head_dim, head_dim};
+}
+
+uint32_t checked_grid(int64_t n_blocks) {
+  if (n_blocks > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument("the launch needs " + std::to_string(n_blocks) + " blocks, more than 2^31 - 1");
+  }
+  return static_cast<uint32_t>(n_blocks);
+}
+
+RangesView view_of(const KeyRangeTableView& table) {
+  const auto n_groups = static_cast<size_t>(table.n_groups);
+  if (n_groups == 0) return {};
+  return {{table.q_ranges, 2 * n_groups},
+          {table.k_offsets, n_groups + 1},
+          {table.k_ranges, 2 * static_cast<size_t>(table.n_ranges)}};
+}
+
+void place_schedule(ScheduleView& view, const Schedule& schedule, Plan& plan, Workspace& workspace) {
+  view.n_groups = schedule.n_groups;
+  view.n_items = schedule.n_items;
+  view.n_accumulators = schedule.n_accumulators;
+  const auto n_words = static_cast<int64_t>(schedule.words.size());
+  if (n_words <= kInlineWords) {
+    std::copy(schedule.words.begin(), schedule.words.end(), view.inline_words);
+    return;
+  }
+  auto* destination = workspace.take<int32_t>(n_words);
+  view.device_words = destination;
+  for (int64_t first = 0; first < n_words; first += kUploadWords) {
+    UploadKernelParams upload{};
+    upload.destination = destination + first;
+    upload.n_words = static_cast<int32_t>(std::min<int64_t>(kUploadWords, n_words - first));
+    std::copy_n(schedule.words.begin() + first, upload.n_words, upload.words);
+    add_launch(plan, {KernelKind::upload, {}, 0, {}}, elementwise_blocks(upload.n_words), kElementwiseThreads, 0,
+               upload);
+  }
+}
+
+void check_sizes(const AttentionParams& params) {
+  check_head_dim(params.head_dim);
+  for (const int64_t size : {params.batch, params.n_queries, params.n_keys, params.heads}) {
+    if (size > std::numeric_limits<int32_t>::max()) {
+      throw std::invalid_argument("sizes must be below 2^31, got " + std::to_string(size));
+    }
+  }
+}
+
+float scale_log2(double scale) { return static_cast<float>(std::max(std::abs(scale) * kLog2E, 1e-30)); }
+
+}  // namespace anchor_attention::cuda

@@ -1,0 +1,57 @@
+#include "kernels/cuda/sm90/kernels.h"
+
+namespace anchor_attention::sm90 {
+namespace {
+
+using cuda::KernelId;
+using cuda::KernelKind;
+using cuda::Precision;
+
+template <class P, int kHeadDim>
+const void* kernel_of_pass(const KernelId& kernel) {
+  switch (kernel.kind) {
+    case KernelKind::forward:
+      return forward_kernel<P, kHeadDim>();
+    case KernelKind::backward:
+      return backward_kernel<P, kHeadDim, QueryGradient::accumulated>();
+    case KernelKind::backward_key:
+      return backward_kernel<P, kHeadDim, QueryGradient::none>();
+    case KernelKind::query_gradient:
+      return query_gradient_kernel<P, kHeadDim>();
+    default:
+      return nullptr;
+  }
+}
+
+template <class P>
+const void* kernel_of_head_dim(const KernelId& kernel) {
+  switch (kernel.head_dim) {
+    case 32:
+      return kernel_of_pass<P, 32>(kernel);
+    case 48:
+      return kernel_of_pass<P, 48>(kernel);
+    case 64:
+      return kernel_of_pass<P, 64>(kernel);
+    case 96:
+      return kernel_of_pass<P, 96>(kernel);
+    case 128:
+      return kernel_of_pass<P, 128>(kernel);
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace
+
+const void* attention_kernel(const KernelId& kernel) {
+  switch (kernel.precision) {
+    case Precision::bfloat16:
+      return kernel_of_head_dim<Bfloat16>(kernel);
+    case Precision::float16:
+      return kernel_of_head_dim<Float16>(kernel);
+    default:
+      return nullptr;
+  }
+}
+
+}  // namespace anchor_attention::sm90

@@ -1,0 +1,68 @@
+#include <algorithm>
+#include <cstddef>
+#include <limits>
+
+#include "kernels/cuda/common/plan_detail.h"
+#include "kernels/cuda/sm90/config.h"
+#include "kernels/cuda/sm90/kernel_params.h"
+#include "kernels/cuda/sm90/plan.h"
+#include "kernels/cuda/sm90/plan_detail.h"
+
+namespace anchor_attention::sm90 {
+namespace {
+
+TokenTensor keys(const AttentionParams& p) { return {p.k, p.k_strides, p.batch, p.n_keys, p.heads, p.head_dim}; }
+
+TokenTensor values(const AttentionParams& p) { return {p.v, p.v_strides, p.batch, p.n_keys, p.heads, p.head_dim}; }
+
+TokenTensor output(const AttentionParams& p) {
+  return {p.out, contiguous_strides(p.n_queries, p.heads, p.head_dim), p.batch, p.n_queries, p.heads, p.head_dim};
+}
+
+}  // namespace
+
+bool takes_forward(const AttentionParams& params) {
+  const bool narrow = params.dtype == ScalarType::bfloat16 || params.dtype == ScalarType::float16;
+  return narrow && params.head_dim % 8 == 0 && forward_tile(native_head_dim(params.head_dim)).head_dim != 0 &&
+         fits_tensor_map(keys(params)) && fits_tensor_map(values(params)) && fits_tensor_map(output(params));
+}
+
+Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& options, void* workspace_base) {
+  check_sizes(params);
+  check_output(params.out, "out");
+  const ForwardTile tile = forward_tile(native_head_dim(params.head_dim));
+  Plan plan;
+  Workspace workspace(workspace_base);
+  ForwardKernelParams kernel_params{};
+  kernel_params.q = input_tensor(params.q, params.q_strides, params.dtype);
+  kernel_params.q_freqs = static_cast<const float*>(params.q_freqs);
+  kernel_params.key_mask = mask_bytes(params);
+  kernel_params.out_data = params.out;
+  kernel_params.lse = static_cast<float*>(params.lse);
+  kernel_params.q_freqs_strides = params.q_freqs_strides;
+  kernel_params.key_mask_batch_stride = params.key_mask_batch_stride;
+  kernel_params.k_steps = {axis_step(params.k_strides.head), axis_step(params.k_strides.batch)};
+  kernel_params.v_steps = {axis_step(params.v_strides.head), axis_step(params.v_strides.batch)};
+  kernel_params.n_queries = static_cast<int32_t>(params.n_queries);
+  kernel_params.heads = static_cast<int32_t>(params.heads);
+  kernel_params.head_dim = static_cast<int32_t>(params.head_dim);
+  kernel_params.scale_log2 = scale_log2(params.scale);
+  kernel_params.q_sign = params.scale < 0 ? -1.0f : 1.0f;
+  const Schedule schedule = make_schedule(view_of(params.table), params.n_queries, tile.queries(), tile.keys,
+                                          std::numeric_limits<int64_t>::max());
+  place_schedule(kernel_params.schedule, schedule, plan, workspace);
+  kernel_params.n_work = checked_grid(schedule.n_items * params.batch * params.heads);
+  const auto map = [&](const TokenTensor& tensor, int tokens, size_t offset) {
+    return tensor_map(tensor, params.dtype, tile.slab_channels, tokens, static_cast<uint32_t>(offset));
+  };
+  add_launch(plan, {KernelKind::forward, precision_of(params.dtype, false), tile.head_dim, {}, Generation::sm90},
+             std::min<int64_t>(kernel_params.n_work, options.multiprocessors), tile.threads(),
+             forward_shared_bytes(tile.head_dim), kernel_params,
+             {map(keys(params), tile.keys, offsetof(ForwardKernelParams, k)),
+              map(values(params), tile.keys, offsetof(ForwardKernelParams, v)),
+              map(output(params), kWarpgroupRows, offsetof(ForwardKernelParams, out))});
+  plan.workspace_bytes = workspace.bytes();
+  return plan;
+}
+
+}  // namespace anchor_attention::sm90
