@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -23,13 +24,20 @@ from .cuda_plans.run import Array, Table
 HAS_CUDA = torch.cuda.is_available()
 CAN_EMULATE = shutil.which("nvcc") is not None
 DEVICES = ("cpu", *(["emulated"] * CAN_EMULATE), *(["cuda"] * HAS_CUDA))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A Hopper GPU has kernels of its own for 16-bit types; for others it runs those of every architecture.
+EMULATED_HOPPER = "emulated_hopper"
+NARROW_DEVICES = (*DEVICES, *([EMULATED_HOPPER] * CAN_EMULATE))
+DEVICES_AND_DTYPES = [
+    (device, dtype) for dtype in DTYPES for device in (NARROW_DEVICES if dtype.itemsize == 2 else DEVICES)
+]
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @dataclass(frozen=True)
 class Device:
-    """One of ``DEVICES``."""
+    """One of ``NARROW_DEVICES``."""
 
     name: str
 
@@ -41,19 +49,21 @@ class Device:
     @property
     def is_slow(self) -> bool:
         """Whether inputs should be small."""
-        return self.name == "emulated"
+        return self.name.startswith("emulated")
 
     @contextmanager
     def executing(self) -> Iterator[Device]:
         """While it lasts, this device executes the operations on tensors in its memory."""
-        if self.name != "emulated":
+        if not self.is_slow:
             yield self
             return
         library = torch.library.Library("anchor_attention", "IMPL")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
+            generation = "sm90" if self.name == EMULATED_HOPPER else "sm80"
             for function in (attention, attention_backward, rope, rope_backward):
-                library.impl(function.__name__, function, "CPU", allow_override=True)
+                implementation = partial(function, generation=generation)
+                library.impl(function.__name__, implementation, "CPU", allow_override=True)
         try:
             yield self
         finally:
@@ -87,7 +97,7 @@ def attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     q_ranges: Sequence[int], k_offsets: Sequence[int], k_ranges: Sequence[int],
     q_freqs: torch.Tensor | None = None, key_mask: torch.Tensor | None = None, scale: float | None = None,
-    allow_tf32: bool = False,
+    allow_tf32: bool = False, *, generation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """``anchor_attention::attention``; float64, which the GPU kernels do not take, by plain PyTorch."""
     if q.dtype == torch.float64:
@@ -98,6 +108,7 @@ def attention(
     out, lse = cuda_plans.attention_forward(
         _NAMES[q.dtype], *map(_array, (q, k, v)), _entries(q_ranges, k_offsets, k_ranges), q_freqs=_array(q_freqs),
         key_mask=_array(key_mask), scale=scale, allow_tf32=allow_tf32,
+        run=cuda_plans.KernelRun(generation=generation),
     )  # fmt: skip
     return _tensor(out, q), torch.from_numpy(lse)
 
@@ -107,7 +118,7 @@ def attention_backward(
     out: torch.Tensor, lse: torch.Tensor,
     q_ranges: Sequence[int], k_offsets: Sequence[int], k_ranges: Sequence[int],
     q_freqs: torch.Tensor | None, key_mask: torch.Tensor | None, scale: float | None, allow_tf32: bool,
-    need_q: bool, need_k: bool, need_v: bool, need_q_freqs: bool,
+    need_q: bool, need_k: bool, need_v: bool, need_q_freqs: bool, *, generation: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """``anchor_attention::attention_backward``, not for float64."""
     needed = {"q": need_q, "k": need_k, "v": need_v, "q_freqs": need_q_freqs}
@@ -116,6 +127,7 @@ def attention_backward(
         *map(_array, (out, lse, _gradient(grad_out))),
         grad_lse=None if grad_lse is None else _array(grad_lse.contiguous()), q_freqs=_array(q_freqs),
         key_mask=_array(key_mask), scale=scale, allow_tf32=allow_tf32,
+        run=cuda_plans.KernelRun(generation=generation),
         wanted=[name for name, is_needed in needed.items() if is_needed],
     )  # fmt: skip
     like = {"q": q, "k": k, "v": v, "q_freqs": q_freqs}
@@ -125,19 +137,29 @@ def attention_backward(
     )
 
 
-def rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
+def rope(x: torch.Tensor, freqs: torch.Tensor, *, generation: str) -> torch.Tensor:
     """``anchor_attention::rope``, not for float64."""
-    return _tensor(cuda_plans.rope(_NAMES[x.dtype], *map(_array, (x, freqs))), x)
+    run = cuda_plans.KernelRun(generation=generation)
+    return _tensor(cuda_plans.rope(_NAMES[x.dtype], *map(_array, (x, freqs)), run=run), x)
 
 
 def rope_backward(
-    grad_out: torch.Tensor, x: torch.Tensor | None, freqs: torch.Tensor, need_x: bool, need_freqs: bool
+    grad_out: torch.Tensor,
+    x: torch.Tensor | None,
+    freqs: torch.Tensor,
+    need_x: bool,
+    need_freqs: bool,
+    *,
+    generation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``anchor_attention::rope_backward``, not for float64."""
     source = grad_out if x is None else x
     if grad_out.numel() == 0:
         grad_x, grad_freqs = torch.zeros_like(grad_out), torch.zeros_like(freqs)
     else:
-        arrays = cuda_plans.rope_backward(_NAMES[grad_out.dtype], *map(_array, (source, freqs, _gradient(grad_out))))
+        run = cuda_plans.KernelRun(generation=generation)
+        arrays = cuda_plans.rope_backward(
+            _NAMES[grad_out.dtype], *map(_array, (source, freqs, _gradient(grad_out))), run=run
+        )
         grad_x, grad_freqs = _tensor(arrays[0], grad_out), torch.from_numpy(arrays[1])
     return grad_x if need_x else grad_out.new_empty(0), grad_freqs if need_freqs else freqs.new_empty(0)

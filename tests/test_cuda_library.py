@@ -17,7 +17,9 @@ def listing(*options: str) -> str:
 
 def test_the_library_has_native_code_and_ptx_for_what_comes_later() -> None:
     natives = set(re.findall(r"\.(sm_\d+a?)\.cubin", listing("--list-elf")))
-    assert {"sm_80", "sm_90"} <= natives, f"{library_path()} has GPU code for {natives}: it was built without nvcc"
+    assert {"sm_80", "sm_90", "sm_90a"} <= natives, (
+        f"{library_path()} has GPU code for {natives}: it was built without nvcc"
+    )
     assert re.search(r"\.sm_90\.ptx", listing("--list-ptx"))
 
 

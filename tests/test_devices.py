@@ -5,7 +5,6 @@ Inputs are made on the CPU, where plain PyTorch in the same dtype and the float6
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -14,15 +13,14 @@ import torch
 from hypothesis import given, settings
 from torch._dynamo.utils import counters
 
-from anchor_attention import CrossAnchorAttention, KeyRangeTable, TokenSpec, anchor_attention, rope
+from anchor_attention import CrossAnchorAttention, KeyRangeTable, TokenSpec, anchor_attention, rope, use_backend
 from anchor_attention.reference import rope_reference
 
-from .devices import DEVICES, HAS_CUDA, Device
+from .devices import DEVICES, DEVICES_AND_DTYPES, DTYPES, HAS_CUDA, NARROW_DEVICES, Device
 from .generators import LAYOUTS, AttentionInputs, attention_inputs, strided, unit_freqs
 from .oracle import Result, assert_as_good_as_plain, fused, plain_attention, reference, run
 from .test_golden import CASES, GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, Case
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (8, 32, 40, 48, 64, 80, 96, 128, 160, 256)
 
 
@@ -79,8 +77,7 @@ def test_moved_inputs_are_the_same(device: Device, layout: str) -> None:
     assert copy.device.type == device.memory and torch.equal(copy.cpu(), tensor)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize(("name", "dtype"), DEVICES_AND_DTYPES, ids=str)
 def test_matches_float64(name: str, dtype: torch.dtype) -> None:
     with Device(name).executing() as device:
 
@@ -92,19 +89,24 @@ def test_matches_float64(name: str, dtype: torch.dtype) -> None:
         check()
 
 
-@pytest.mark.parametrize(("dtype", "head_dim"), list(itertools.product(DTYPES, HEAD_DIMS)), ids=str)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES, ids=str, indirect=["device"])
 def test_every_head_dim(device: Device, dtype: torch.dtype, head_dim: int) -> None:
     assert_right(device, make(dtype, head_dim, heads=1 if device.is_slow else 3))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("device", NARROW_DEVICES, indirect=True)
 def test_strides_are_read_in_place(device: Device, layout: str) -> None:
     inputs = on(device.memory, make(torch.bfloat16, layout=layout))
     contiguous = replace(inputs, **{name: getattr(inputs, name).contiguous() for name in ("q", "k", "v")})
-    assert all(torch.equal(a, b) for a, b in zip(fused(inputs), fused(contiguous), strict=True))
+    # A GPU may have other kernels for rows that are not aligned: the same values, rounded elsewhere.
+    tolerance = torch.finfo(torch.bfloat16).eps if layout == "offset" else 0.0
+    for found, expected in zip(fused(inputs), fused(contiguous), strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES, ids=str, indirect=["device"])
 def test_two_runs_give_the_same_bits(device: Device, dtype: torch.dtype) -> None:
     n_queries, n_keys, heads = (300, 200, 1) if device.is_slow else (2000, 1000, 3)
     inputs = on(device.memory, make(dtype, n_queries=n_queries, n_keys=n_keys, heads=heads))
@@ -147,7 +149,7 @@ def test_rope(device: Device, dtype: torch.dtype, head_dim: int) -> None:
         assert (result.to(truth.dtype) - truth).abs().max() <= bound, name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES, ids=str, indirect=["device"])
 def test_opcheck(device: Device, dtype: torch.dtype) -> None:
     ops = torch.ops.anchor_attention
     inputs = on(device.memory, make(dtype, head_dim=16))
@@ -196,6 +198,32 @@ def test_modules_read_their_cache_on_the_device(device: Device, name: str) -> No
     assert queries.device.type == device.memory
     torch.testing.assert_close(y.cpu(), case.arrays["y"], rtol=0, atol=OUTPUT_TOLERANCE)
     torch.testing.assert_close(queries.cpu(), case.arrays["y_cached_queries"], rtol=0, atol=OUTPUT_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cross_two_branches", "joint_key_padding", "mixed_arbitrary_patterns", "self_custom_suffix_no_bias"],
+)
+@pytest.mark.parametrize("device", NARROW_DEVICES, indirect=True)
+def test_modules_in_bfloat16_are_as_good_as_plain(device: Device, name: str) -> None:
+    """Against the recorded float32 outputs and gradients, beside plain PyTorch in bfloat16."""
+    case = Case(name, fused_weights=True)
+    case.module.to(device.memory, torch.bfloat16)
+    freqs = None if case.freqs is None else case.freqs.to(device.memory)
+    exact = {key: case.arrays[key] for key in ("y", "grad_x")}
+
+    def results(backend: str) -> dict[str, torch.Tensor]:
+        x = case.arrays["x"].to(device.memory, torch.bfloat16).requires_grad_()
+        with use_backend(backend):
+            y = case.run(x, case.specs, freqs)
+            y.backward(case.arrays["grad_y"].to(y))
+        assert x.grad is not None
+        return {"y": y.detach().float().cpu(), "grad_x": x.grad.float().cpu()}
+
+    found, plain = results("fused"), results("reference")
+    for key, truth in exact.items():
+        bound = 2 * (plain[key] - truth).abs().max() + torch.finfo(torch.bfloat16).eps * truth.abs().max()
+        assert (found[key] - truth).abs().max() <= bound, key
 
 
 def other_devices_are_refused() -> None:

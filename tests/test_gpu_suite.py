@@ -146,7 +146,8 @@ def test_results_of_an_earlier_run_do_not_pass_for_new_ones(tmp_path: Path) -> N
 def test_the_suite_has_every_check_on_either_device(device: str, tmp_path: Path) -> None:
     stages = {stage.name: stage for stage in command_line.suite(device, False, tmp_path)}
     checks = {name for name, stage in stages.items() if stage.decides}
-    assert checks == {"small_shapes", "correctness", "primitives", "instructions", *command_line.SANITIZERS}
+    tests = {"correctness", "primitives", "instructions"}
+    assert checks == {"small_shapes", "small_shapes_sm80", *tests, *command_line.SANITIZERS}
     assert list(stages)[-2:] == ["benchmarks", "report"]
     for stage in stages.values():
         for argument in stage.command:

@@ -21,9 +21,11 @@ from .summary import CASES, ENVIRONMENT, write_summary
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_ERROR = 86
+KERNELS_VARIABLE = "ANCHOR_ATTENTION_CUDA_KERNELS"
 # Conformance tests that run small programs on the emulator and on a GPU.
 CONFORMANCE_TESTS = tuple(
-    f"tests/test_emulator_{name}.py" for name in ("arithmetic", "floating", "memory", "tensor_core", "warp")
+    f"tests/test_emulator_{name}.py"
+    for name in ("arithmetic", "floating", "memory", "tensor_core", "warp", "bulk_copy", "warpgroup")
 )
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=50")
 
@@ -53,6 +55,15 @@ def suite(device: str, quick: bool, folder: Path) -> list[Stage]:
             130,
             decides=True,
             variables=profile,
+        ),
+        # A Hopper GPU has kernels of its own: those for every architecture have to be right there, too.
+        Stage(
+            "small_shapes_sm80",
+            small_shapes,
+            30,
+            decides=True,
+            missing="" if device == "cuda" else "the device is no GPU",
+            variables={KERNELS_VARIABLE: "sm80"},
         ),
         *_conformance(device),
     ]
@@ -94,7 +105,7 @@ def _conformance(device: str) -> list[Stage]:
     return [
         Stage(
             "primitives",
-            (*PYTEST, "tests/test_cuda_primitives.py", "-k", where),
+            (*PYTEST, "tests/test_cuda_primitives.py", "tests/test_cuda_primitives_sm90.py", "-k", where),
             80,
             decides=True,
             missing=no_nvcc or no_compiler,

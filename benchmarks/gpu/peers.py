@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+SM80 = "anchor_attention_sm80"
+KERNELS_VARIABLE = "ANCHOR_ATTENTION_CUDA_KERNELS"
 LIBRARIES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
 
 
@@ -33,6 +36,19 @@ def with_backend(backend: SDPBackend, contestant: Contestant) -> Contestant:
             return contestant(inputs)
 
     return restricted
+
+
+def on_sm80_kernels(contestant: Contestant) -> Contestant:
+    """Ours, on the kernels for every architecture, where the device has kernels of its own."""
+
+    def pinned(inputs: OperationInputs) -> tuple[Tensor, ...]:
+        os.environ[KERNELS_VARIABLE] = "sm80"
+        try:
+            return contestant(inputs)
+        finally:
+            del os.environ[KERNELS_VARIABLE]
+
+    return pinned
 
 
 def library_contestant(name: str, table: KeyRangeTable, passes: str, masked: bool) -> Contestant:

@@ -35,11 +35,13 @@ from ..cases import (
 )
 from ..report import CASES
 from ..workloads import GPU, shrink
-from .peers import BACKENDS, LIBRARIES, library_contestant, with_backend
+from .peers import BACKENDS, LIBRARIES, SM80, library_contestant, on_sm80_kernels, with_backend
 from .stages import write_json
 from .timing import interleave_cold, peak_above_inputs
 
 ROUNDS, INPUT_SETS = 30, 3
+# Major compute capability of the architecture that has kernels of its own.
+HOPPER = 9
 QUICK_ROUNDS, QUICK_SHRINK = 3, 256
 # Against float64 without a fused kernel, whose scores have to fit into memory.
 ERROR_SHRINK = 16
@@ -133,8 +135,12 @@ def _add_gpu_peers(
     case: Case, contest: Contest, contestants: dict[str, Any], reasons: dict[str, str], device: str
 ) -> None:
     if device != "cuda":
-        reasons |= dict.fromkeys((*BACKENDS, *LIBRARIES), "needs a GPU")
+        reasons |= dict.fromkeys((SM80, *BACKENDS, *LIBRARIES), "needs a GPU")
         return
+    if torch.cuda.get_device_capability()[0] == HOPPER:
+        contestants[SM80] = on_sm80_kernels(contestants[OURS])
+    else:
+        reasons[SM80] = "are what ours runs on here"
     for name, backend in BACKENDS.items():
         contestants[name] = with_backend(backend, contest.contestants[EXACT_PEER])
     _, table = case.workload.key_axis(case.pattern)

@@ -32,6 +32,13 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+// The newest architecture that the library has kernels of its own for.
+#ifdef ANCHOR_ATTENTION_WITH_SM90
+constexpr int kNewestMajor = 9;
+#else
+constexpr int kNewestMajor = 8;
+#endif
+
 // Makes the tensor's device current, finds its stream, and turns away GPUs that the kernels were not built for.
 class Context {
  public:
@@ -48,7 +55,7 @@ class Context {
   cuda::Options options(bool allow_tf32) const {
     return {.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device_),
             .allow_tf32 = allow_tf32,
-            .generation = cuda::generation_of(major_, std::getenv("ANCHOR_ATTENTION_CUDA_KERNELS"))};
+            .generation = cuda::generation_of(major_ == 9 ? kNewestMajor : major_, std::getenv("ANCHOR_ATTENTION_CUDA_KERNELS"))};
   }
 
  private:

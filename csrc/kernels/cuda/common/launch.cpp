@@ -28,7 +28,10 @@ const void* elementwise_kernel(KernelKind kind) {
 const void* kernel_address(const KernelId& kernel) {
   if (kernel.kind == KernelKind::upload) return upload_kernel();
   if (kernel.head_dim != 0) {
-    return kernel.generation == Generation::sm90 ? sm90::attention_kernel(kernel) : sm80::attention_kernel(kernel);
+#ifdef ANCHOR_ATTENTION_WITH_SM90
+    if (kernel.generation == Generation::sm90) return sm90::attention_kernel(kernel);
+#endif
+    return sm80::attention_kernel(kernel);
   }
   switch (kernel.precision) {
     case Precision::bfloat16:
