@@ -32,12 +32,15 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// The newest architecture that the library has kernels of its own for.
+// The generation of kernels for a device, among those that were compiled.
+cuda::Generation generation_of(int major) {
+  const cuda::Generation newest = cuda::generation_of(major, std::getenv("ANCHOR_ATTENTION_CUDA_KERNELS"));
 #ifdef ANCHOR_ATTENTION_WITH_SM90
-constexpr int kNewestMajor = 9;
+  return newest;
 #else
-constexpr int kNewestMajor = 8;
+  return newest == cuda::Generation::sm90 ? cuda::Generation::sm80 : newest;
 #endif
+}
 
 // Makes the tensor's device current, finds its stream, and turns away GPUs that the kernels were not built for.
 class Context {
@@ -55,7 +58,7 @@ class Context {
   cuda::Options options(bool allow_tf32) const {
     return {.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device_),
             .allow_tf32 = allow_tf32,
-            .generation = cuda::generation_of(major_ == 9 ? kNewestMajor : major_, std::getenv("ANCHOR_ATTENTION_CUDA_KERNELS"))};
+            .generation = generation_of(major_)};
   }
 
  private:
