@@ -4,16 +4,14 @@
 
 writes `benchmarks/results/emulated/cuda_kernels.json`, and `cuda_hopper.json` for the kernels of sm_90a, and the tables
 beside them. Tests compare the emulator's counts with the files, so that a bank conflict or an instruction that comes
-back is seen. Times are not estimated. Machine code is counted by nvdisasm: the one on PATH, or NVDISASM.
+back is seen. Times are not estimated. Machine code is counted by nvdisasm.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -25,6 +23,7 @@ import numpy as np
 from tests.cuda_plans import KernelRun, attention_backward, attention_forward, plans
 from tests.cuda_plans.build import compile_command
 from tests.cuda_plans.run import instantiation_of, locate, to_storage
+from tests.emulator.launch import cuda_tool
 
 RESULTS = Path(__file__).parent / "results" / "emulated"
 ARCHITECTURES = (80, 90)
@@ -75,10 +74,7 @@ def machine_code(cubin: Path) -> dict[str, Row]:
     `mufu_under_products` are the exponentials between the wait for the scores of a tile and the wait for the output of
     the tile before: they run while the tensor cores work.
     """
-    tool = os.environ.get("NVDISASM") or shutil.which("nvdisasm")
-    if tool is None:
-        raise RuntimeError("machine code is counted by nvdisasm: put it on PATH or set NVDISASM")
-    text = subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([cuda_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
     kernels: dict[str, Row] = {}
     for section in re.split(r"\n//-+ \.text\.", text)[1:]:
         instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][^;]*?) ;", section)

@@ -21,7 +21,8 @@ _CUDA = _CSRC / "kernels" / "cuda"
 _PLAN_SOURCES = (
     Path(__file__).parent / "bindings.cpp",
     _CSRC / "key_ranges.cpp",
-    *(_CUDA / "common" / f"{name}.cpp" for name in ("plan_attention", "plan_detail", "plan_rope", "schedule")),
+    _CUDA / "plan.cpp",
+    *(_CUDA / "common" / f"{name}.cpp" for name in ("plan_detail", "plan_rope", "schedule")),
     _CUDA / "sm80" / "plan_attention.cpp",
     *(_CUDA / "sm90" / f"{name}.cpp" for name in ("backward_schedule", "plan_forward", "plan_backward", "plan_detail")),
 )

@@ -109,7 +109,7 @@ class Module:
     @classmethod
     def from_library(cls, library: str | Path) -> list[Module]:
         """The PTX modules inside a shared library, extracted with `cuobjdump`."""
-        tool = cuobjdump()
+        tool = cuda_tool("cuobjdump")
         with tempfile.TemporaryDirectory() as directory:
             command = [tool, "--extract-ptx", "all", str(Path(library).resolve())]
             subprocess.run(command, cwd=directory, check=True, capture_output=True)
@@ -200,12 +200,12 @@ class KernelInfo:
         self.parameter_bytes = last.offset + last.size if last else 0
 
 
-def cuobjdump() -> str:
-    """$CUOBJDUMP, the one on the path, or the one of the package nvidia-cuda-cuobjdump."""
-    packaged = (str(path) for path in sorted(Path(sysconfig.get_paths()["platlib"]).glob("nvidia/*/bin/cuobjdump")))
-    tool = os.environ.get("CUOBJDUMP") or shutil.which("cuobjdump") or next(packaged, None)
+def cuda_tool(name: str) -> str:
+    """$CUOBJDUMP or $NVDISASM, the tool on the path, or the one of the package nvidia-cuda-<name>."""
+    packaged = (str(path) for path in sorted(Path(sysconfig.get_paths()["platlib"]).glob(f"nvidia/*/bin/{name}")))
+    tool = os.environ.get(name.upper()) or shutil.which(name) or next(packaged, None)
     if tool is None:
-        raise FileNotFoundError("cuobjdump is needed to read PTX out of a library: pip install nvidia-cuda-cuobjdump")
+        raise FileNotFoundError(f"{name} is needed to read a library: pip install nvidia-cuda-{name}")
     return tool
 
 

@@ -1,6 +1,7 @@
 #include "kernels/cuda/attention.h"
 
-#include "kernels/cuda/common/launch.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/plan.h"
 
 namespace anchor_attention::cuda {
 

@@ -1,4 +1,4 @@
-#include "kernels/cuda/common/launch.h"
+#include "kernels/cuda/launch.h"
 
 #include <cstring>
 

@@ -1,4 +1,5 @@
-#include "kernels/cuda/common/plan.h"
+#include "kernels/cuda/plan.h"
+
 #include "kernels/cuda/sm80/plan.h"
 #include "kernels/cuda/sm90/plan.h"
 
