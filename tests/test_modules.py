@@ -455,3 +455,15 @@ def test_autocast(dropout: float) -> None:
     torch.testing.assert_close(cached.float(), expected[:, 4:9], rtol=0, atol=tolerance)
     y.float().sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_shapes_are_inferred_on_the_meta_device() -> None:
+    token_specs = specs(surface_anchors=5, surface_queries=3, volume_anchors=4)
+    with torch.device("meta"):
+        module = make(SelfAnchorAttention, use_rope=True)
+        x = torch.randn(2, 12, DIM, requires_grad=True)
+        freqs = torch.empty(1, 12, HEAD_DIM // 2, dtype=torch.complex64)
+    y = module(x, token_specs, freqs)
+    y.sum().backward()
+    assert y.shape == x.shape and y.device.type == "meta"
+    assert x.grad is not None and x.grad.shape == x.shape

@@ -183,7 +183,8 @@ def merge_attention(
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    # On "meta", where shapes are inferred, the question itself is an error.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     # As autocast itself does: float64 was asked for on purpose and stays.
