@@ -39,7 +39,7 @@ def test_figures_of_the_example_come_from_its_raw_files() -> None:
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    commands = re.findall(r"(?:^|`)make ([a-z -]+?)(?:`|  )", README, flags=re.M)
+    commands = re.findall(r"(?:^|`)make ([a-z0-9 -]+?)(?:`|  )", README, flags=re.M)
     targets = {name for command in commands for name in command.split()}
     assert {"demo", "test", "lint"} <= targets
     for name in targets:
