@@ -47,14 +47,14 @@ class Device:
         return "cuda" if self.name == "cuda" else "cpu"
 
     @property
-    def is_slow(self) -> bool:
-        """Whether inputs should be small."""
+    def is_emulated(self) -> bool:
+        """Whether the kernels are executed by the emulator, for which inputs should be small."""
         return self.name.startswith("emulated")
 
     @contextmanager
     def executing(self) -> Iterator[Device]:
         """While it lasts, this device executes the operations on tensors in its memory."""
-        if not self.is_slow:
+        if not self.is_emulated:
             yield self
             return
         library = torch.library.Library("anchor_attention", "IMPL")

@@ -81,7 +81,7 @@ def test_moved_inputs_are_the_same(device: Device, layout: str) -> None:
 def test_matches_float64(name: str, dtype: torch.dtype) -> None:
     with Device(name).executing() as device:
 
-        @settings(max_examples=6 if device.is_slow else settings().max_examples)
+        @settings(max_examples=6 if device.is_emulated else settings().max_examples)
         @given(attention_inputs(dtype))
         def check(inputs: AttentionInputs) -> None:
             assert_right(device, inputs)
@@ -92,7 +92,7 @@ def test_matches_float64(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES, ids=str, indirect=["device"])
 def test_every_head_dim(device: Device, dtype: torch.dtype, head_dim: int) -> None:
-    assert_right(device, make(dtype, head_dim, heads=1 if device.is_slow else 3))
+    assert_right(device, make(dtype, head_dim, heads=1 if device.is_emulated else 3))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -108,17 +108,17 @@ def test_strides_are_read_in_place(device: Device, layout: str) -> None:
 
 @pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES, ids=str, indirect=["device"])
 def test_two_runs_give_the_same_bits(device: Device, dtype: torch.dtype) -> None:
-    n_queries, n_keys, heads = (300, 200, 1) if device.is_slow else (2000, 1000, 3)
+    n_queries, n_keys, heads = (300, 200, 1) if device.is_emulated else (2000, 1000, 3)
     inputs = on(device.memory, make(dtype, n_queries=n_queries, n_keys=n_keys, heads=heads))
     inputs.table = KeyRangeTable.from_ranges([[0, 110], [110, n_queries]], [[0, n_keys], [30, 150]])
     first = run(fused, inputs)
-    for _ in range(1 if device.is_slow else 3):
+    for _ in range(1 if device.is_emulated else 3):
         again = run(fused, inputs)
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_thousands_of_groups(device: Device) -> None:
-    n = 1500 if device.is_slow else 3000
+    n = 1500 if device.is_emulated else 3000
     bounds = torch.arange(n + 1) * 3
     table = KeyRangeTable.from_cu_seqlens(bounds, bounds)
     q, k, v = (torch.randn(1, 3 * n, 2, 32) for _ in range(3))

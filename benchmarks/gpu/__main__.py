@@ -16,12 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .stages import PASSED, ROOT, Outcome, Stage, run_stages
+from .stages import KERNELS_VARIABLE, PASSED, ROOT, Outcome, Stage, run_stages
 from .summary import CASES, ENVIRONMENT, write_summary
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_ERROR = 86
-KERNELS_VARIABLE = "ANCHOR_ATTENTION_CUDA_KERNELS"
 # Conformance tests that run small programs on the emulator and on a GPU.
 CONFORMANCE_TESTS = tuple(
     f"tests/test_emulator_{name}.py"

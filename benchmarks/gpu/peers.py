@@ -16,6 +16,8 @@ from anchor_attention.benchmark import NotSupportedError
 from anchor_attention.benchmark.operation import OperationInputs, operation_contestant
 from anchor_attention.benchmark.peers import Attention, select
 
+from .stages import KERNELS_VARIABLE
+
 Contestant = Callable[[OperationInputs], tuple[Tensor, ...]]
 
 BACKENDS = {
@@ -24,7 +26,6 @@ BACKENDS = {
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 SM80 = "anchor_attention_sm80"
-KERNELS_VARIABLE = "ANCHOR_ATTENTION_CUDA_KERNELS"
 LIBRARIES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 STAGES = "stages.json"
+# Of the library: pins the kernels for every architecture.
+KERNELS_VARIABLE = "ANCHOR_ATTENTION_CUDA_KERNELS"
 PASSED, FAILED, TIMED_OUT, MISSING = "passed", "failed", "timed out", "missing"
 LAST_LINES = 5
 # What a stage that keeps its own time leaves for its start and its last case.

@@ -20,6 +20,12 @@ GlobalRaces::Word& GlobalRaces::word(uint64_t number) {
   return (*last_page_)[number % kWordsPerPage];
 }
 
+GlobalRaces::Access GlobalRaces::access(const Accessor& who, const Clock& clock, uint32_t epoch, uint32_t bytes) {
+  return {
+      clock.block, epoch, static_cast<uint8_t>(who.warp), static_cast<uint8_t>(who.lane), static_cast<uint8_t>(bytes),
+      who.strong};
+}
+
 bool GlobalRaces::ordered(const Access& before, const Access& now, const Clock& clock) {
   if (before.strong && now.strong) return true;
   if (before.block == now.block && before.warp == now.warp) {
@@ -37,12 +43,7 @@ void GlobalRaces::race(const Access& before, bool was_write, const Access& now, 
 
 void GlobalRaces::read(const Accessor& who, const Clock& clock, uint32_t epoch, uint64_t address, uint32_t size) {
   for (uint64_t number = address / 4; number <= (address + size - 1) / 4; ++number) {
-    const Access now{clock.block,
-                     epoch,
-                     static_cast<uint8_t>(who.warp),
-                     static_cast<uint8_t>(who.lane),
-                     static_cast<uint8_t>(word_bytes(address, size, number)),
-                     who.strong};
+    const Access now = access(who, clock, epoch, word_bytes(address, size, number));
     Word& state = word(number);
     if ((state.write.bytes & now.bytes) && !ordered(state.write, now, clock)) {
       race(state.write, true, now, false, address);
@@ -66,12 +67,7 @@ void GlobalRaces::read(const Accessor& who, const Clock& clock, uint32_t epoch, 
 void GlobalRaces::write(const Accessor& who, const Clock& clock, uint32_t epoch, uint64_t address, uint32_t size,
                         bool unchanged) {
   for (uint64_t number = address / 4; number <= (address + size - 1) / 4; ++number) {
-    const Access now{clock.block,
-                     epoch,
-                     static_cast<uint8_t>(who.warp),
-                     static_cast<uint8_t>(who.lane),
-                     static_cast<uint8_t>(word_bytes(address, size, number)),
-                     who.strong};
+    const Access now = access(who, clock, epoch, word_bytes(address, size, number));
     Word& state = word(number);
     if ((state.write.bytes & now.bytes) && !ordered(state.write, now, clock)) {
       const bool same_warp = state.write.block == now.block && state.write.warp == now.warp;

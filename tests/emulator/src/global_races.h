@@ -36,6 +36,7 @@ class GlobalRaces {
   using Page = std::array<Word, kWordsPerPage>;
 
   Word& word(uint64_t number);
+  static Access access(const Accessor& who, const Clock& clock, uint32_t epoch, uint32_t bytes);
   static bool ordered(const Access& before, const Access& now, const Clock& clock);
   [[noreturn]] void race(const Access& before, bool was_write, const Access& now, bool is_write,
                          uint64_t address) const;

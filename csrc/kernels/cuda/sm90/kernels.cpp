@@ -1,5 +1,7 @@
 #include "kernels/cuda/sm90/kernels.h"
 
+#include "kernels/cuda/common/head_dim.h"
+
 namespace anchor_attention::sm90 {
 namespace {
 
@@ -25,20 +27,8 @@ const void* kernel_of_pass(const KernelId& kernel) {
 
 template <class P>
 const void* kernel_of_head_dim(const KernelId& kernel) {
-  switch (kernel.head_dim) {
-    case 32:
-      return kernel_of_pass<P, 32>(kernel);
-    case 48:
-      return kernel_of_pass<P, 48>(kernel);
-    case 64:
-      return kernel_of_pass<P, 64>(kernel);
-    case 96:
-      return kernel_of_pass<P, 96>(kernel);
-    case 128:
-      return kernel_of_pass<P, 128>(kernel);
-    default:
-      return nullptr;
-  }
+  return cuda::for_head_dim<32, 48, 64, 96, 128>(kernel.head_dim,
+                                                 [&]<int kHeadDim>() { return kernel_of_pass<P, kHeadDim>(kernel); });
 }
 
 }  // namespace
