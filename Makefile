@@ -86,7 +86,7 @@ test-aarch64:
 lint: build/.tools build/.dev-packages
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	find csrc tests examples \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
+	find csrc tests tools examples \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format --dry-run -Werror
 
 typecheck: build/.tools build/.dev-packages
 	$(PYTHON) -m mypy
@@ -94,7 +94,7 @@ typecheck: build/.tools build/.dev-packages
 format: build/.tools build/.dev-packages
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	find csrc tests examples \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format -i
+	find csrc tests tools examples \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \) -print0 | xargs -0 $(BIN)/clang-format -i
 
 clean:
 	rm -rf build dist python/anchor_attention/*.so python/anchor_attention/share python/*.egg-info

@@ -17,7 +17,7 @@ mkdir -p "$out"
   -DANCHOR_ATTENTION_ISA=baseline "-DANCHOR_ATTENTION_ISAS(apply)=apply(baseline)" \
   "-DANCHOR_ATTENTION_TILE_ISAS(apply)=" \
   csrc/key_ranges.cpp csrc/kernels/cpu/{attention,attention_backward,dispatch,rope,schedule}.cpp \
-  csrc/kernels/cpu/{attention_backward_tile,attention_tile,instruction_set,pack,rope_tokens}.cpp \
+  csrc/kernels/cpu/vector/{attention_backward_tile,attention_tile,instruction_set,pack,rope_tokens}.cpp \
   tests/native/drive_kernels.cpp -lpthread -o "$out/drive_kernels"
 echo "== aarch64, baseline"
 qemu-aarch64 "$out/drive_kernels" 2

@@ -41,7 +41,7 @@ check() {
     apply+=" apply($isa)"
     for step in "${steps[@]}"; do
       object="$out/$isa-$step.o"
-      jobs+=("${options[*]} ${flags[$isa]} -DANCHOR_ATTENTION_ISA=$isa -c csrc/kernels/cpu/$step.cpp -o $object")
+      jobs+=("${options[*]} ${flags[$isa]} -DANCHOR_ATTENTION_ISA=$isa -c csrc/kernels/cpu/vector/$step.cpp -o $object")
       objects+=("$object")
     done
   done

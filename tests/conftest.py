@@ -13,12 +13,16 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # The emulator executes what nvcc makes of the CUDA kernels: no compiler, nothing to execute.
 NEED_NVCC = (
-    "test_cuda_host.py",
-    "test_cuda_library.py",
-    "test_cuda_kernels.py",
-    "test_cuda_plans.py",
-    "test_cuda_primitives.py",
-    "test_emulator_kernels.py",
+    "cuda/test_cuda_host.py",
+    "cuda/test_cuda_library.py",
+    "cuda/test_cuda_kernels.py",
+    "cuda/test_cuda_plans.py",
+    "cuda/test_cuda_primitives.py",
+    "cuda/test_cuda_primitives_sm90.py",
+    "cuda/test_cuda_hopper_forward.py",
+    "cuda/test_cuda_hopper_backward.py",
+    "tools/ptx_emulator/test_emulator_kernels.py",
+    "tools/ptx_emulator/test_emulator_hopper_kernels.py",
 )
 HAS_NVCC = shutil.which("nvcc") is not None
 collect_ignore = [] if HAS_NVCC else list(NEED_NVCC)

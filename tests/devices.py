@@ -15,11 +15,10 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+from tools import cuda_plans
+from tools.cuda_plans.run import Array, Table
 
 from anchor_attention import KeyRangeTable, anchor_attention_reference
-
-from . import cuda_plans
-from .cuda_plans.run import Array, Table
 
 HAS_CUDA = torch.cuda.is_available()
 CAN_EMULATE = shutil.which("nvcc") is not None

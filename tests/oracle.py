@@ -9,8 +9,7 @@ import torch
 
 from anchor_attention import anchor_attention, anchor_attention_reference
 from anchor_attention.reference import rope_reference
-
-from .generators import AttentionInputs
+from tests.generators import AttentionInputs
 
 Result = dict[str, torch.Tensor]
 

@@ -23,7 +23,7 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck")
 SANITIZER_ERROR = 86
 # Conformance tests that run small programs on the emulator and on a GPU.
 CONFORMANCE_TESTS = tuple(
-    f"tests/test_emulator_{name}.py"
+    f"tests/tools/ptx_emulator/test_emulator_{name}.py"
     for name in ("arithmetic", "floating", "memory", "tensor_core", "warp", "bulk_copy", "warpgroup")
 )
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=50")
@@ -50,7 +50,7 @@ def suite(device: str, quick: bool, folder: Path) -> list[Stage]:
         Stage("small_shapes", small_shapes, 50, decides=True),
         Stage(
             "correctness",
-            (*PYTEST, "tests/test_devices.py", "-k", "cpu" if device == "cpu" else "cuda or on_a_gpu"),
+            (*PYTEST, "tests/ops/test_devices.py", "-k", "cpu" if device == "cpu" else "cuda or on_a_gpu"),
             130,
             decides=True,
             variables=profile,
@@ -104,7 +104,7 @@ def _conformance(device: str) -> list[Stage]:
     return [
         Stage(
             "primitives",
-            (*PYTEST, "tests/test_cuda_primitives.py", "tests/test_cuda_primitives_sm90.py", "-k", where),
+            (*PYTEST, "tests/cuda/test_cuda_primitives.py", "tests/cuda/test_cuda_primitives_sm90.py", "-k", where),
             80,
             decides=True,
             missing=no_nvcc or no_compiler,

@@ -18,7 +18,10 @@ import pybind11
 ROOT = Path(__file__).parents[2]
 SOURCES = (Path(__file__).with_name("bindings.cpp"), ROOT / "csrc" / "key_ranges.cpp")
 HEADERS = (
-    *(ROOT / "csrc" / name for name in ("key_ranges.h", "params.h", "kernels/cpu/simd.h", "kernels/cpu/tile_config.h")),
+    *(
+        ROOT / "csrc" / name
+        for name in ("key_ranges.h", "params.h", "kernels/cpu/vector/simd.h", "kernels/cpu/amx/tile_config.h")
+    ),
     Path(__file__).with_name("tile_model.h"),
 )
 

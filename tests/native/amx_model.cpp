@@ -1,5 +1,5 @@
 // The kernels for AMX on a model of its registers: an instruction set for tests, which runs everywhere.
-#include "kernels/cpu/tile_kernels.h"
+#include "kernels/cpu/amx/tile_kernels.h"
 #include "tile_model.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {

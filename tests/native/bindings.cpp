@@ -13,7 +13,7 @@
 #include "key_ranges.h"
 
 #define ANCHOR_ATTENTION_ISA tested
-#include "kernels/cpu/simd.h"
+#include "kernels/cpu/vector/simd.h"
 #include "tile_model.h"
 
 namespace py = pybind11;

@@ -1,7 +1,7 @@
 // Every operation of AmxTiles beside the compiler's own intrinsic: the same instructions must come out.
 #include <immintrin.h>
 
-#include "kernels/cpu/amx_tiles.h"
+#include "kernels/cpu/amx/amx_tiles.h"
 
 using Tiles = anchor_attention::cpu::ANCHOR_ATTENTION_ISA::AmxTiles;
 using anchor_attention::cpu::TileConfig;

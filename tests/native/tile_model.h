@@ -8,7 +8,7 @@
 #include <initializer_list>
 #include <stdexcept>
 
-#include "kernels/cpu/tile_config.h"
+#include "kernels/cpu/amx/tile_config.h"
 
 namespace anchor_attention::tile_model {
 namespace {

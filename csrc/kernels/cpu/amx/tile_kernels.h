@@ -1,0 +1,38 @@
+// The table of the steps on tile registers. `Tiles` has the operations of AmxTiles.
+#pragma once
+
+#include "kernels/cpu/amx/tile_backward.h"
+#include "kernels/cpu/amx/tile_forward.h"
+#include "kernels/cpu/kernels.h"
+
+namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
+
+template <typename Tiles, int kParts>
+constexpr ProductKernels tile_product_kernels() {
+  return {
+      .forward_tile_queries = [](ScalarType) { return kForwardTileQueries; },
+      .backward_tile_queries = [](ScalarType) { return kBackwardTileQueries; },
+      .key_alignment = [](ScalarType) { return kTileBlock; },
+      .packed_row_bytes =
+          [](int64_t head_dim, ScalarType) {
+            return round_up_to_tile_block(head_dim) * kParts * static_cast<int64_t>(sizeof(BFloat16));
+          },
+      .sum_row_bytes =
+          [](int64_t head_dim, ScalarType) {
+            return round_up_to_tile_block(head_dim) * static_cast<int64_t>(sizeof(float));
+          },
+      .forward_scratch_bytes =
+          [](int64_t head_dim, ScalarType) {
+            return TileForwardScratch<kParts>(nullptr, round_up_to_tile_block(head_dim)).scratch.used();
+          },
+      .backward_scratch_bytes =
+          [](int64_t head_dim, ScalarType) {
+            return TileBackwardScratch<kParts>(nullptr, round_up_to_tile_block(head_dim)).scratch.used();
+          },
+      .pack_rows = pack_tile_rows<kParts>,
+      .forward_tile = tile_forward<Tiles, kParts>,
+      .backward_tile = tile_backward<Tiles, kParts>,
+  };
+}
+
+}  // namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA

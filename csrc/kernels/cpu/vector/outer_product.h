@@ -1,0 +1,115 @@
+// The one matrix product that all passes are made of: C[m, n] = Σ_k A(m, k) · B(k, n), with C in registers.
+#pragma once
+
+#include <utility>
+
+#include "kernels/cpu/vector/simd.h"
+
+namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
+
+// C's register block, rows × vectors. B's vectors and one broadcast of A must fit beside it; more vectors than rows
+// would load more than it multiplies.
+constexpr int kBlockVectors = kRegisters == 32 ? 4 : 2;
+constexpr int kBlockRows = 6;
+
+// A is read operand by operand: A(m, k) = a[m * row_stride + k * step_stride]. So it may be transposed at no cost.
+template <typename Operand>
+struct Broadcast {
+  const Operand* data;
+  int64_t row_stride;
+  int64_t step_stride;
+};
+
+// B is read in whole vectors: B(k, n) = b[k * step_stride + n].
+template <typename Operand>
+struct Rows {
+  const Operand* data;
+  int64_t step_stride;
+};
+
+template <int kRows, int kVectors, typename T>
+struct Block {
+  Vector<T> value[kRows][kVectors];
+};
+
+template <int kRows, int kVectors, typename Operand>
+ANCHOR_ATTENTION_INLINE Block<kRows, kVectors, Sum<Operand>> multiply(Broadcast<Operand> a, Rows<Operand> b,
+                                                                      int64_t steps) {
+  // Not in the block itself: where an epilogue loops over its rows it has to lie in memory, and the compiler would
+  // write every sum to it in every step.
+  Vector<Sum<Operand>> sums[kRows][kVectors] = {};
+  const Operand* a_step = a.data;
+  const Operand* b_step = b.data;
+  for (int64_t k = 0; k < steps; ++k) {
+    Vector<Operand> vectors[kVectors];
+    for (int j = 0; j < kVectors; ++j) vectors[j] = load(b_step + j * kLanes<Operand>);
+    for (int i = 0; i < kRows; ++i) {
+      const Vector<Operand> scalar = splat(a_step[i * a.row_stride]);
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = multiply_add(scalar, vectors[j], sums[i][j]);
+    }
+    a_step += a.step_stride;
+    b_step += b.step_stride;
+  }
+  Block<kRows, kVectors, Sum<Operand>> c;
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kVectors; ++j) c.value[i][j] = sums[i][j];
+  }
+  return c;
+}
+
+template <int kRows, int kVectors, typename Operand, typename Epilogue>
+ANCHOR_ATTENTION_INLINE void row_block(int64_t rows, Broadcast<Operand> a, Rows<Operand> b, int64_t steps, int64_t row,
+                                       int64_t column, Epilogue& epilogue) {
+  if (rows == kRows) {
+    epilogue(multiply<kRows, kVectors>(a, b, steps), row, column);
+  } else if constexpr (kRows > 1) {
+    row_block<kRows - 1, kVectors>(rows, a, b, steps, row, column, epilogue);
+  }
+}
+
+template <int kVectors, typename Operand, typename Epilogue>
+ANCHOR_ATTENTION_INLINE void column_block(int64_t vectors, int64_t rows, Broadcast<Operand> a, Rows<Operand> b,
+                                          int64_t steps, int64_t column, Epilogue& epilogue) {
+  if (vectors >= kVectors) {
+    int64_t row = 0;
+    for (; row + kBlockRows <= rows; row += kBlockRows) {
+      const Broadcast<Operand> a_rows{a.data + row * a.row_stride, a.row_stride, a.step_stride};
+      epilogue(multiply<kBlockRows, kVectors>(a_rows, b, steps), row, column);
+    }
+    if (row < rows) {
+      const Broadcast<Operand> a_rows{a.data + row * a.row_stride, a.row_stride, a.step_stride};
+      row_block<kBlockRows - 1, kVectors>(rows - row, a_rows, b, steps, row, column, epilogue);
+    }
+  } else if constexpr (kVectors > 1) {
+    column_block<kVectors - 1>(vectors, rows, a, b, steps, column, epilogue);
+  }
+}
+
+// Calls epilogue(block, row, column) for every block of C. `columns` is a multiple of the vector's lanes; `steps`
+// counts operands.
+template <typename Operand, typename Epilogue>
+ANCHOR_ATTENTION_INLINE void outer_product(int64_t rows, int64_t columns, int64_t steps, Broadcast<Operand> a,
+                                           Rows<Operand> b, Epilogue&& epilogue) {
+  constexpr int64_t kBlockColumns = kBlockVectors * kLanes<Operand>;
+  for (int64_t column = 0; column < columns; column += kBlockColumns) {
+    const Rows<Operand> b_columns{b.data + column, b.step_stride};
+    column_block<kBlockVectors>((columns - column) / kLanes<Operand>, rows, a, b_columns, steps, column, epilogue);
+  }
+}
+
+// An epilogue that adds the block to a matrix in memory.
+template <typename T>
+struct AddTo {
+  T* target;
+  int64_t row_stride;
+
+  template <int kRows, int kVectors>
+  ANCHOR_ATTENTION_INLINE void operator()(const Block<kRows, kVectors, T>& block, int64_t row, int64_t column) const {
+    for (int i = 0; i < kRows; ++i) {
+      T* out = target + (row + i) * row_stride + column;
+      for (int j = 0; j < kVectors; ++j) store(out + j * kLanes<T>, load(out + j * kLanes<T>) + block.value[i][j]);
+    }
+  }
+};
+
+}  // namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA

@@ -1,0 +1,175 @@
+// Rows of one head between memory, in the type of the tensor, and scratch, in the working type.
+#pragma once
+
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/vector/simd.h"
+
+namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
+
+// The lengths of a tile's scratch: keys are taken in chunks that stay in the first-level cache with what meets them.
+constexpr int64_t kChunkKeys = 64;
+constexpr int64_t kTileVectors = kVectorBytes == 64 ? 4 : 8;
+
+template <typename T>
+constexpr int64_t kTileQueries = kTileVectors * kLanes<T>;
+
+template <typename T>
+constexpr int64_t round_up_to_lanes(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// Hands out pieces of a scratch buffer, or counts them where there is none.
+class Scratch {
+ public:
+  explicit Scratch(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <typename T>
+  T* take(int64_t n) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return piece;
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+template <typename Storage, typename T = Working<Storage>>
+ANCHOR_ATTENTION_INLINE void widen_row(const Storage* source, int64_t n, int64_t padded, T* target) {
+  for (int64_t d = 0; d < n; ++d) target[d] = widen(source[d]);
+  for (int64_t d = n; d < padded; ++d) target[d] = 0;
+}
+
+// Multiplies interleaved pairs by complex factors and rounds to the storage type, as the reference does.
+template <typename Storage, typename T = Working<Storage>>
+ANCHOR_ATTENTION_INLINE void rotate_row(const T* source, const T* freqs, int64_t n, T* target) {
+  for (int64_t i = 0; i < n; i += 2) {
+    const T re = source[i] * freqs[i] - source[i + 1] * freqs[i + 1];
+    const T im = source[i] * freqs[i + 1] + source[i + 1] * freqs[i];
+    target[i] = widen(narrow<Storage>(re));
+    target[i + 1] = widen(narrow<Storage>(im));
+  }
+}
+
+// The inverse for gradients: multiplies by the conjugate factors, in the working type.
+template <typename T>
+ANCHOR_ATTENTION_INLINE void unrotate_row(const T* source, const T* freqs, int64_t n, T* target) {
+  for (int64_t i = 0; i < n; i += 2) {
+    const T re = source[i] * freqs[i] + source[i + 1] * freqs[i + 1];
+    const T im = source[i + 1] * freqs[i] - source[i] * freqs[i + 1];
+    target[i] = re;
+    target[i + 1] = im;
+  }
+}
+
+// grad_freqs += grad · conj(x)
+template <typename T>
+ANCHOR_ATTENTION_INLINE void add_freqs_grad(const T* grad, const T* x, int64_t n, T* grad_freqs) {
+  for (int64_t i = 0; i < n; i += 2) {
+    grad_freqs[i] += grad[i] * x[i] + grad[i + 1] * x[i + 1];
+    grad_freqs[i + 1] += grad[i + 1] * x[i] - grad[i] * x[i + 1];
+  }
+}
+
+template <typename Storage>
+ANCHOR_ATTENTION_INLINE const Storage* row_of(const void* tensor, const Strides& strides, int64_t batch, int64_t token,
+                                              int64_t head) {
+  return static_cast<const Storage*>(tensor) + batch * strides.batch + token * strides.token + head * strides.head;
+}
+
+template <typename T>
+ANCHOR_ATTENTION_INLINE const T* freqs_of(const void* freqs, const FreqsStrides& strides, int64_t batch,
+                                          int64_t token) {
+  return static_cast<const T*>(freqs) + 2 * (batch * strides.batch + token * strides.token);
+}
+
+// The queries of a tile as rows [n_queries, padded] of the working type, rotated.
+template <typename Storage, typename T = Working<Storage>>
+ANCHOR_ATTENTION_INLINE void load_queries(const AttentionParams& p, int64_t batch, int64_t head, int64_t q_begin,
+                                          int64_t n_queries, int64_t padded, T* rows) {
+  for (int64_t i = 0; i < n_queries; ++i) {
+    T* row = rows + i * padded;
+    widen_row(row_of<Storage>(p.q, p.q_strides, batch, q_begin + i, head), p.head_dim, padded, row);
+    if (p.q_freqs != nullptr) {
+      rotate_row<Storage>(row, freqs_of<T>(p.q_freqs, p.q_freqs_strides, batch, q_begin + i), p.head_dim, row);
+    }
+  }
+}
+
+// What the backward needs of a tile besides its queries: dO as rows, and for each of `columns` queries lse in units of
+// log 2 and delta = Σ_d dO · O − grad_lse. An lse of +inf makes a row's probabilities 0.
+template <typename Storage, typename T = Working<Storage>>
+ANCHOR_ATTENTION_INLINE void load_statistics(const BackwardTile& tile, int64_t columns, int64_t padded,
+                                             T* grad_out_rows, T* tile_lse, T* tile_delta) {
+  constexpr double kLog2E = 1.4426950408889634;
+  const AttentionBackwardParams& p = *tile.params;
+  const AttentionParams& f = p.forward;
+  const int64_t out_stride = f.heads * f.head_dim;
+  const int64_t first_row = (tile.batch * f.heads + tile.head) * f.n_queries + tile.q_begin;
+  const T* lse = static_cast<const T*>(f.lse) + first_row;
+  const T* grad_lse = p.grad_lse == nullptr ? nullptr : static_cast<const T*>(p.grad_lse) + first_row;
+  const Storage* out = static_cast<const Storage*>(f.out) + (tile.batch * f.n_queries + tile.q_begin) * out_stride +
+                       tile.head * f.head_dim;
+  for (int64_t i = 0; i < columns; ++i) {
+    tile_lse[i] = kInfinity<T>;
+    tile_delta[i] = 0;
+    if (i >= tile.n_queries) continue;
+    T* grad_out_row = grad_out_rows + i * padded;
+    widen_row(row_of<Storage>(p.grad_out, p.grad_out_strides, tile.batch, tile.q_begin + i, tile.head), f.head_dim,
+              padded, grad_out_row);
+    T delta = 0;
+    for (int64_t d = 0; d < f.head_dim; ++d) delta += grad_out_row[d] * widen(out[i * out_stride + d]);
+    tile_delta[i] = delta - (grad_lse == nullptr ? T(0) : grad_lse[i]);
+    if (lse[i] != -kInfinity<T>) tile_lse[i] = static_cast<T>(lse[i] * kLog2E);
+  }
+}
+
+template <typename Operand>
+constexpr int64_t operands(int64_t n) {
+  return (n + kDepth<Operand> - 1) / kDepth<Operand>;
+}
+
+template <typename Operand>
+ANCHOR_ATTENTION_INLINE Operand to_operand(Sum<Operand> first, [[maybe_unused]] Sum<Operand> second) {
+  if constexpr (kDepth<Operand> == 2) {
+    return {narrow<BFloat16>(first), narrow<BFloat16>(second)};
+  } else {
+    return first;
+  }
+}
+
+// Rows [n_rows, row_stride] → [operands along the row, kTileQueries]: B of a product that sums along the row. Columns
+// beyond the rows become zero.
+template <typename Operand>
+ANCHOR_ATTENTION_INLINE void to_panel(const Sum<Operand>* rows, int64_t n_rows, int64_t row_stride, int64_t row_length,
+                                      Operand* panel) {
+  constexpr int64_t kColumns = kTileQueries<Sum<Operand>>;
+  constexpr int kStep = kDepth<Operand>;
+  for (int64_t d = 0; d < row_length; d += kStep) {
+    Operand* out = panel + d / kStep * kColumns;
+    const int64_t next = d + kStep - 1 < row_length ? d + kStep - 1 : d;
+    for (int64_t i = 0; i < n_rows; ++i) {
+      const Sum<Operand>* row = rows + i * row_stride;
+      out[i] = to_operand<Operand>(row[d], next == d ? Sum<Operand>(0) : row[next]);
+    }
+    for (int64_t i = n_rows; i < kColumns; ++i) out[i] = Operand{};
+  }
+}
+
+// Rows [n_rows, padded] → [operands along the rows, padded]: B of a product that sums over the rows.
+template <typename Operand>
+ANCHOR_ATTENTION_INLINE void to_stack(const Sum<Operand>* rows, int64_t n_rows, int64_t padded, Operand* stack) {
+  constexpr int kStep = kDepth<Operand>;
+  for (int64_t i = 0; i < n_rows; i += kStep) {
+    const Sum<Operand>* row = rows + i * padded;
+    const Sum<Operand>* next = row + (kStep - 1) * padded;
+    for (int64_t d = 0; d < padded; ++d) {
+      stack[i / kStep * padded + d] = to_operand<Operand>(row[d], i + kStep <= n_rows ? next[d] : Sum<Operand>(0));
+    }
+  }
+}
+
+}  // namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA

@@ -1,0 +1,184 @@
+"""Launch plans and schedules of the CUDA kernels, as data: nothing is executed."""
+
+from __future__ import annotations
+
+import struct
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from tools.cuda_plans import plans
+
+_PRECISIONS = {"bfloat16": 0, "float16": 1, "tf32": 2, "tf32x3": 3}
+_ALIGNED = 1 << 20  # an address that nobody follows
+_INLINE_WORDS = 448
+_GROUP_WORDS = 6
+_UPLOAD_WORDS = 8000
+
+
+def make_fields(table: list[tuple[tuple[int, int], list[tuple[int, int]]]], **changes: Any) -> dict[str, Any]:
+    """Arguments of the planning functions, with addresses that are only aligned."""
+    fields: dict[str, Any] = {name: _ALIGNED for name in ("q", "k", "v", "out", "lse", "grad_out")}
+    fields |= {f"grad_{name}": _ALIGNED for name in ("q", "k", "v")}
+    fields |= {"dtype": "bfloat16", "batch": 1, "n_queries": 1, "n_keys": 1, "heads": 1, "head_dim": 64, "scale": 0.125}
+    fields |= {
+        "q_ranges": [bound for rows, _ in table for bound in rows],
+        "k_offsets": np.cumsum([0] + [len(keys) for _, keys in table]).tolist(),
+        "k_ranges": [bound for _, keys in table for key_range in keys for bound in key_range],
+    }
+    return fields | changes
+
+
+def schedule_of(plan: Any, launch: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, int]], int, int]:
+    """Groups (with the closing one), ranges, number of items and of accumulators that a launch carries."""
+    view = launch.params[-(8 + 12 + 4 + 4 * _INLINE_WORDS) :]
+    device_words, n_groups, n_items, n_accumulators = struct.unpack_from("<Qiii", view)
+    uploads = [upload for upload in plan.launches if upload.name == "upload"]
+    if device_words:
+        words: list[int] = []
+        for upload in uploads:
+            destination, n_words = struct.unpack_from("<Qi", upload.params)
+            if device_words + 4 * len(words) == destination:
+                words += struct.unpack_from(f"<{n_words}i", upload.params, 12)
+    else:
+        words = list(struct.unpack_from(f"<{_INLINE_WORDS}i", view, 20))
+    groups = [tuple(words[_GROUP_WORDS * g : _GROUP_WORDS * (g + 1)]) for g in range(n_groups + 1)]
+    first = _GROUP_WORDS * (n_groups + 1)
+    n_ranges = groups[-1][3]
+    ranges = [(words[first + 2 * r], words[first + 2 * r + 1]) for r in range(n_ranges)]
+    return groups, ranges, n_items, n_accumulators
+
+
+def launch_named(plan: Any, prefix: str) -> Any:
+    (launch,) = [launch for launch in plan.launches if launch.name.startswith(prefix)]
+    return launch
+
+
+def random_table(rng: np.random.Generator, n_queries: int, n_keys: int, n_groups: int) -> Any:
+    bounds = np.sort(rng.choice(n_queries + 1, 2 * n_groups, replace=False)).reshape(-1, 2)
+    table = []
+    for begin, end in bounds.tolist():
+        keys = np.sort(rng.integers(0, n_keys + 1, (rng.integers(0, 4), 2)), axis=1)
+        table.append(((begin, end), [tuple(key_range) for key_range in keys.tolist()]))
+    return table
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_items_cover_every_query_once_with_its_ranges(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n_queries, n_keys = 4000, 3000
+    table = random_table(rng, n_queries, n_keys, int(rng.integers(1, 300)))
+    fields = make_fields(table, n_queries=n_queries, n_keys=n_keys, batch=3, heads=2)
+    plan = plans().plan_attention_forward(fields)
+    plan = plans().plan_attention_forward(fields | {"workspace": _ALIGNED}) if plan.workspace_bytes else plan
+    launch = launch_named(plan, "forward")
+    groups, ranges, n_items, n_accumulators = schedule_of(plan, launch)
+    assert launch.grid == 3 * 2 * n_items and n_accumulators == 0
+    read = np.zeros((n_queries, n_keys), np.int64)
+    written = np.zeros(n_queries, np.int64)
+    for group, following in pairwise(groups):
+        first_item, begin, end, first_range, n_splits, _ = group
+        assert n_splits == 1 and following[0] - first_item == -(-(end - begin) // 128)
+        written[begin:end] += 1
+        for k_begin, k_end in ranges[first_range : following[3]]:
+            read[begin:end, k_begin:k_end] += 1
+    assert (written == 1).all()
+    expected = np.zeros_like(read)
+    for (begin, end), keys in table:
+        for k_begin, k_end in keys:
+            expected[begin:end, k_begin:k_end] += 1
+    np.testing.assert_array_equal(read, expected)
+
+
+def test_longest_items_come_first_and_rows_without_keys_last() -> None:
+    table = [((0, 100), [(0, 64)]), ((100, 200), [(0, 6400)]), ((300, 400), [(0, 640)])]
+    plan = plans().plan_attention_forward(make_fields(table, n_queries=500, n_keys=6400))
+    groups = schedule_of(plan, launch_named(plan, "forward"))[0]
+    assert [(begin, end) for _, begin, end, *_ in groups[:-1]] == [
+        (100, 200),
+        (300, 400),
+        (0, 100),
+        (200, 300),
+        (400, 500),
+    ]
+
+
+@pytest.mark.parametrize(("n_queries", "n_keys", "heads"), [(131072, 512, 3), (4096, 64, 1), (20_000, 16, 1)])
+def test_few_keys_fill_the_device(n_queries: int, n_keys: int, heads: int) -> None:
+    """Enough items for every multiprocessor, or as many splits as the order of their turns is worth."""
+    multiprocessors = 132
+    fields = make_fields([((0, n_queries), [(0, n_keys)])], n_queries=n_queries, n_keys=n_keys, heads=heads,
+                         multiprocessors=multiprocessors, workspace=_ALIGNED)  # fmt: skip
+    plan = plans().plan_attention_backward(fields)
+    launch = launch_named(plan, "backward_key")
+    groups, _, n_items, n_accumulators = schedule_of(plan, launch)
+    n_tiles, column_tiles, n_splits = -(-n_keys // 128), -(-n_queries // 64), groups[0][4]
+    assert n_accumulators == n_tiles and n_items == n_tiles * n_splits
+    assert n_splits**2 <= column_tiles
+    assert launch.grid >= 2 * multiprocessors or (n_splits + 1) ** 2 > column_tiles or column_tiles / n_splits <= 9
+
+
+def test_many_keys_are_not_split() -> None:
+    fields = make_fields([((0, 32768), [(0, 32768)])], n_queries=32768, n_keys=32768, heads=3)
+    plan = plans().plan_attention_backward(fields | {"workspace": _ALIGNED})
+    assert schedule_of(plan, launch_named(plan, "backward_key"))[3] == 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_memory_is_at_most_one_accumulator_per_gradient(head_dim: int) -> None:
+    batch, n_queries, n_keys, heads = 2, 40_000, 256, 3
+    fields = make_fields([((0, n_queries), [(0, n_keys)])], batch=batch, n_queries=n_queries, n_keys=n_keys,
+                         heads=heads, head_dim=head_dim, q_freqs=_ALIGNED)  # fmt: skip
+    accumulators = 2 * 4 * batch * n_keys * heads * head_dim
+    statistics = 8 * batch * heads * n_queries
+    plan = plans().plan_attention_backward(fields)
+    assert plan.workspace_bytes < accumulators + statistics + (1 << 16)
+    assert plans().plan_attention_forward(fields).workspace_bytes == 0
+
+
+def test_grid_beyond_two_dimensions_of_blocks() -> None:
+    fields = make_fields([((0, 1 << 24), [(0, 64)])], n_queries=1 << 24, n_keys=64, heads=8)
+    assert launch_named(plans().plan_attention_forward(fields), "forward").grid == (1 << 24) // 128 * 8
+    with pytest.raises(ValueError, match="blocks, more than"):
+        plans().plan_attention_forward(fields | {"batch": 1 << 12})
+
+
+def test_uploads_carry_a_large_table() -> None:
+    table = [((2 * i, 2 * i + 1), [(i, i + 1), (i + 2, i + 3)]) for i in range(5000)]
+    fields = make_fields(table, n_queries=10_000, n_keys=6000)
+    workspace_bytes = plans().plan_attention_forward(fields).workspace_bytes
+    plan = plans().plan_attention_forward(fields | {"workspace": _ALIGNED})
+    uploads = [launch for launch in plan.launches if launch.name == "upload"]
+    n_words = _GROUP_WORDS * (2 * 5000 + 1) + 4 * 5000
+    assert len(uploads) == -(-n_words // _UPLOAD_WORDS)
+    assert n_words * 4 <= workspace_bytes < n_words * 4 + 256
+    assert all(len(launch.params) < 32764 for launch in plan.launches)
+
+
+@pytest.mark.parametrize("precision", _PRECISIONS)
+@pytest.mark.parametrize("kernel_pass", range(3))
+def test_shared_memory_fits_the_smallest_architecture(precision: str, kernel_pass: int) -> None:
+    for head_dim in (32, 48, 64, 96, 128, 256):
+        assert 0 < plans().shared_bytes(kernel_pass, _PRECISIONS[precision], head_dim) <= 99 * 1024
+
+
+def test_plans_do_not_depend_on_anything_else() -> None:
+    fields = make_fields([((0, 3000), [(0, 100)])], n_queries=3000, n_keys=100, workspace=_ALIGNED)
+    first, second = (plans().plan_attention_backward(fields) for _ in range(2))
+    assert [launch.params for launch in first.launches] == [launch.params for launch in second.launches]
+
+
+@pytest.mark.parametrize("head_dim", [0, 4, 12, 63, 264])
+def test_unsupported_head_dim(head_dim: int) -> None:
+    with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8 between 8 and 256 on CUDA, got {head_dim}"):
+        plans().plan_attention_forward(make_fields([], head_dim=head_dim))
+
+
+def test_other_unsupported_arguments() -> None:
+    with pytest.raises(ValueError, match="float64 is not supported on CUDA"):
+        plans().plan_attention_forward(make_fields([], dtype="float64"))
+    with pytest.raises(ValueError, match="grad_k must be 16-byte aligned"):
+        plans().plan_attention_backward(make_fields([], grad_k=_ALIGNED + 8))
+    with pytest.raises(ValueError, match="grad_q_freqs is asked for without q_freqs"):
+        plans().plan_attention_backward(make_fields([], grad_q_freqs=_ALIGNED))

@@ -1,0 +1,78 @@
+"""The documentation: its examples run, its links lead somewhere, no public name is missing, and the site builds."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import anchor_attention
+from anchor_attention import streaming
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+
+
+def run_examples(path: Path) -> None:
+    """Runs the Python examples of a page, in order, in one namespace."""
+    namespace: dict[str, object] = {"__name__": "examples"}
+    for block in python_blocks(path.read_text()):
+        exec(compile(block, str(path), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks((DOCS / page).read_text())])
+def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_examples(DOCS / page)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", (DOCS / page).read_text()):
+        assert link.startswith("http") or (DOCS / link).exists(), f"{page} links to {link}"
+
+
+def test_every_page_is_in_the_contents() -> None:
+    contents = re.findall(r"```{toctree}\n(.*?)```", (DOCS / "index.md").read_text(), flags=re.S)
+    patterns = [line for block in contents for line in block.splitlines() if line and not line.startswith(":")]
+    for page in PAGES:
+        assert page == "index.md" or any(
+            Path(page).stem == Path(p).stem or Path(page).match(f"{p}.md") for p in patterns
+        )
+
+
+def test_files_that_a_page_names_exist() -> None:
+    """Those of the operation that the page adds do not."""
+    text = (DOCS / "adding-an-operation.md").read_text()
+    named = re.findall(r"`((?:csrc|python|tests|benchmarks)/[\w/.]+)`", text)
+    assert len(named) >= 10
+    missing = [path for path in named if "pool" not in path and not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    reference = (DOCS / "api.md").read_text()
+    names = [f"anchor_attention.{name}" for name in anchor_attention.__all__]
+    names += [f"anchor_attention.streaming.{name}" for name in streaming.__all__]
+    missing = [name for name in names if not re.search(rf"{re.escape(name)}\b", reference)]
+    assert not missing
+
+
+def test_site_builds_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(DOCS), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=300)
+    for page in tmp_path.rglob("*.html"):
+        fetched = re.findall(
+            r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"((?:https?:)?//[^\"]+)", page.read_text()
+        )
+        assert not fetched, f"{page.name} fetches {fetched}"
+    for sheet in tmp_path.rglob("*.css"):
+        assert not re.search(r"(?:@import|url\()\s*['\"]?(?:https?:)?//", sheet.read_text()), sheet.name

@@ -1,0 +1,262 @@
+"""What the CUDA kernels take and do, without a GPU: registers and spills from the compiler, counts from the emulator.
+
+    python -m tools.cuda_resources
+
+writes `benchmarks/results/emulated/cuda_kernels.json`, and `cuda_hopper.json` for the kernels of sm_90a, and the tables
+beside them. Tests compare the emulator's counts with the files, so that a bank conflict or an instruction that comes
+back is seen. Times are not estimated. Machine code is counted by nvdisasm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tools.cuda_plans import KernelRun, attention_backward, attention_forward, plans
+from tools.cuda_plans.build import compile_command
+from tools.cuda_plans.run import instantiation_of, locate, to_storage
+from tools.ptx_emulator.launch import cuda_tool
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "emulated"
+ARCHITECTURES = (80, 90)
+PASSES = ("forward", "backward_query", "backward_key")
+PRECISIONS = ("bfloat16", "float16", "tf32", "tf32x3")
+HEAD_DIMS = (32, 48, 64, 96, 128, 256)
+HOPPER_PRECISIONS = ("bfloat16", "float16")
+HOPPER_HEAD_DIMS = (32, 48, 64, 96, 128)
+# Whole tiles of every shape, so that counts per score are those of long ranges apart from prologue and epilogue.
+N_QUERIES, N_KEYS = 384, 768
+
+Row = dict[str, Any]
+
+
+def compiled(instantiation: str, architecture: int | str) -> dict[str, Row]:
+    """Registers, spilled bytes and static shared memory of each kernel of a file, by mangled name.
+
+    For sm_90a also `serialised` (the compiler says that it does not overlap products) and what `machine_code` counts.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "kernels.cubin"
+        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+        command = [*compile_command(instantiation), "-cubin", target, "-Xptxas=-v", "-o", output]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        counts = machine_code(output) if architecture == "90a" else {}
+    kernels: dict[str, Row] = {}
+    current: Row = {}
+    report = result.stderr
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)'", line):
+            current = kernels[match[1]] = {"static_shared_bytes": 0}
+        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            current["spill_bytes"] = int(match[1]) + int(match[2])
+        elif match := re.search(r"Used (\d+) registers", line):
+            current["registers"] = int(match[1])
+            if shared := re.search(r"(\d+) bytes smem", line):
+                current["static_shared_bytes"] = int(shared[1])
+    for entry, row in kernels.items():
+        if entry in counts:
+            row |= counts[entry]
+            row["serialised"] = any("(C75" in line and entry in line for line in report.splitlines())
+    return kernels
+
+
+def machine_code(cubin: Path) -> dict[str, Row]:
+    """Static instructions of each kernel.
+
+    `mufu_under_products` are the exponentials between the wait for the scores of a tile and the wait for the output of
+    the tile before: they run while the tensor cores work.
+    """
+    text = subprocess.run([cuda_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
+    kernels: dict[str, Row] = {}
+    for section in re.split(r"\n//-+ \.text\.", text)[1:]:
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][^;]*?) ;", section)
+        operations = Counter(instruction.split()[0].split(".")[0] for instruction in instructions)
+        row: Row = {
+            "hgmma": operations["HGMMA"],
+            "mufu": operations["MUFU"],
+            "local_memory": operations["LDL"] + operations["STL"],
+        }
+        if marks := [i for i, text in enumerate(instructions) if text.startswith("WARPGROUP.DEPBAR.LE gsb0, 0x1")]:
+            rest = instructions[marks[0] + 1 :]
+            end = next(i for i, text in enumerate(rest) if text.startswith("WARPGROUP.DEPBAR"))
+            row["mufu_under_products"] = sum(text.startswith("MUFU.EX2") for text in rest[:end])
+        kernels[section.split()[0]] = row
+    return kernels
+
+
+def kernel_names(precision: str, head_dim: int) -> list[tuple[str, str]]:
+    """(pass, kernel name) of one precision and head size."""
+    names = [
+        ("forward", f"forward_{precision}_{head_dim}"),
+        ("backward_query", f"backward_query_{precision}_{head_dim}"),
+    ]
+    suffixes = ("",) if head_dim <= 128 else ("_key", "_value")
+    return names + [("backward_key", f"backward_key_{precision}_{head_dim}{suffix}") for suffix in suffixes]
+
+
+def resources(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[str, Row]:
+    """Per kernel: dynamic shared memory and, per architecture, what the compiler reports."""
+    files = [f"attention_{precision}_{head_dim}" for precision in PRECISIONS for head_dim in HEAD_DIMS]
+    jobs = [(file, architecture) for file in files for architecture in architectures]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        reports = dict(zip(jobs, pool.map(lambda job: compiled(*job), jobs), strict=True))
+    rows: dict[str, Row] = {}
+    for number, precision in enumerate(PRECISIONS):
+        for head_dim in HEAD_DIMS:
+            for kernel_pass, name in kernel_names(precision, head_dim):
+                row: Row = {"shared_bytes": plans().shared_bytes(PASSES.index(kernel_pass), number, head_dim)}
+                entry = locate(name)[1]
+                for architecture in architectures:
+                    report = reports[f"attention_{precision}_{head_dim}", architecture]
+                    row[f"sm_{architecture}"] = report[entry]
+                rows[name] = row
+    return rows
+
+
+def counted(precision: str, head_dim: int, generation: str = "sm80") -> dict[str, Row]:
+    """Per kernel, of one head, batch element and range: what the emulator counts."""
+    dtype = "float32" if precision.startswith("tf32") else precision
+    rng = np.random.default_rng(0)
+    q, grad_out = (to_storage(rng.normal(size=(1, N_QUERIES, 1, head_dim)), dtype) for _ in range(2))
+    k, v = (to_storage(rng.normal(size=(1, N_KEYS, 1, head_dim)), dtype) for _ in range(2))
+    run = KernelRun(multiprocessors=1, generation=generation)
+    table = [((0, N_QUERIES), [(0, N_KEYS)])]
+    allow_tf32 = precision == "tf32"
+    out, lse = attention_forward(dtype, q, k, v, table, run=run, allow_tf32=allow_tf32)
+    attention_backward(dtype, q, k, v, table, out, lse, grad_out, run=run, allow_tf32=allow_tf32)
+    rows: dict[str, Row] = {}
+    for name, _, counters in run.launches:
+        if not name.startswith(PASSES if generation == "sm80" else generation):
+            continue
+        totals, shared, memory = counters.totals(), counters.shared_memory(), counters.global_memory()
+        loads = {op: counts for op, counts in shared.items() if op.startswith(("ldmatrix", "ld.shared"))}
+        stores = {op: counts for op, counts in shared.items() if op not in loads}
+        rows[name] = {
+            "warp_instructions": totals["warps"],
+            "mma": sum(counters.tensor_core().values()),
+            "exp2": totals["ex2"],
+            "shared_load_wavefronts": sum(counts["wavefronts"] for counts in loads.values()),
+            "shared_load_conflicts": sum(counts["conflicts"] for counts in loads.values()),
+            "shared_store_wavefronts": sum(counts["wavefronts"] for counts in stores.values()),
+            "shared_store_conflicts": sum(counts["conflicts"] for counts in stores.values()),
+            "global_requests": sum(counts["requests"] for counts in memory.values()),
+            "global_sectors": sum(counts["sectors"] for counts in memory.values()),
+        }
+        if generation != "sm80":
+            rows[name]["shared_bytes"] = run.shared_bytes[name]
+            rows[name]["products"] = counters.tensor_core()
+            rows[name]["bulk_bytes"] = totals["bulk_bytes"]
+    return rows
+
+
+def hopper_rows() -> dict[str, Row]:
+    """Per kernel of sm_90a: shared memory, what the compiler reports, machine code, and what the emulator counts."""
+    rows: dict[str, Row] = {}
+    for precision in HOPPER_PRECISIONS:
+        for head_dim in HOPPER_HEAD_DIMS:
+            for name, counts in counted(precision, head_dim, "sm90").items():
+                file, entry = instantiation_of(name)
+                rows[name] = {"sm_90a": compiled(file, "90a")[entry], "emulated": counts}
+    return rows
+
+
+# Per cycle and multiprocessor of compute capability 9.0: floating-point operations of dense 16-bit products,
+# exponentials, warp instructions issued.
+_PRODUCT_RATE, _EXP2_RATE, _ISSUE_RATE = 4096, 16, 4
+_PRODUCTS_PER_SCORE = {"forward": 2, "backward": 5, "backward_key": 4}
+
+
+def hopper_table_text(rows: dict[str, Row]) -> str:
+    """The markdown table of sm_90a."""
+    lines = [
+        "# sm_90a kernels: resources and counts",
+        "",
+        f"Emulated on {N_QUERIES} queries × {N_KEYS} keys, one head. Times: not measured.",
+        "",
+        "The columns of cycles are what the units of a multiprocessor need per 1000 scores at their full rates: "
+        f"{_PRODUCT_RATE} operations of products and {_EXP2_RATE} exponentials a cycle. The larger bounds the kernel "
+        f"from below. Instructions are those of PTX, per warp and {_ISSUE_RATE} a cycle; machine code has fewer.",
+        "",
+        "| kernel | shared KiB | registers at launch | spilled bytes | HGMMA | exponentials under products "
+        "| products: cycles | exponentials: cycles | instructions: cycles | exp2/score | bank conflicts "
+        "| bulk bytes/score |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        counts, report = row["emulated"], row["sm_90a"]
+        kernel_pass, head_dim = name.removeprefix("sm90_").rsplit("_", 2)[::2]
+        scores = N_QUERIES * N_KEYS / 1000
+        products = 1000 * 2 * int(head_dim) * _PRODUCTS_PER_SCORE.get(kernel_pass, 0) / _PRODUCT_RATE
+        conflicts = counts["shared_load_conflicts"] + counts["shared_store_conflicts"]
+        lines.append(
+            f"| {name} | {counts['shared_bytes'] / 1024:.1f} | {report['registers']} | {report['spill_bytes']} "
+            f"| {report['hgmma']} "
+            f"| {report.get('mufu_under_products', '–')} of {report['mufu']} | {products:.0f} "
+            f"| {counts['exp2'] / _EXP2_RATE / scores:.0f} | {counts['warp_instructions'] / _ISSUE_RATE / scores:.0f} "
+            f"| {counts['exp2'] / scores / 1000:.2f} | {conflicts} | {counts['bulk_bytes'] / scores / 1000:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def table_text(rows: dict[str, Row]) -> str:
+    """The markdown tables."""
+    lines = [
+        "# CUDA kernels: resources and counts",
+        "",
+        f"Emulated on {N_QUERIES} queries × {N_KEYS} keys, one head. Times: not measured.",
+        "",
+        "| kernel | shared KiB | registers sm_80 / sm_90 | spilled bytes | instructions/mma | exp2/score "
+        "| load wavefronts/mma | load conflicts | sectors/request |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        counts = row["emulated"]
+        reports = [row[f"sm_{architecture}"] for architecture in ARCHITECTURES]
+        registers = " / ".join(str(report["registers"]) for report in reports)
+        spilled = " / ".join(str(report["spill_bytes"]) for report in reports)
+        lines.append(
+            f"| {name} | {row['shared_bytes'] / 1024:.1f} | {registers} | {spilled} "
+            f"| {counts['warp_instructions'] / counts['mma']:.2f} | {counts['exp2'] / (N_QUERIES * N_KEYS):.2f} "
+            f"| {counts['shared_load_wavefronts'] / counts['mma']:.2f} | {counts['shared_load_conflicts']} "
+            f"| {counts['global_sectors'] / counts['global_requests']:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def kernel_rows() -> dict[str, Row]:
+    """Per sm_80 kernel: shared memory, what the compiler reports, and what the emulator counts."""
+    rows = resources()
+    for precision in PRECISIONS:
+        for head_dim in HEAD_DIMS:
+            for name, counts in counted(precision, head_dim).items():
+                rows[name]["emulated"] = counts
+    return rows
+
+
+TABLES = {"cuda_kernels": (kernel_rows, table_text), "cuda_hopper": (hopper_rows, hopper_table_text)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for table in arguments.tables:
+        make_rows, text = TABLES[table]
+        rows = make_rows()
+        (arguments.output / f"{table}.json").write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
+        (arguments.output / f"{table}.md").write_text(text(rows))
+
+
+if __name__ == "__main__":
+    main()
