@@ -1,5 +1,6 @@
 # make demo   trains a small anchored-branch transformer on airfoil flow and shows what it learnt
-# make test   every test
+# make test   the tests, on every core; it says what it leaves out and why
+# make test-slow    the long tests: emulated sweeps, whole programs, builds
 # make bench  the CPU benchmarks, into benchmarks/results
 # make docs   the documentation site, into build/docs
 # make gpu    everything that needs a GPU: tests, sanitizers, benchmarks (DRY_RUN=1: the same stages on the CPU)
@@ -22,9 +23,13 @@ TORCH ?= $(if $(filter-out 0,$(HAS_GPU)),torch>=2.10,torch==2.13.0)
 # Programs that were installed beside the interpreter.
 BIN = $(shell dirname "$$(command -v $(PYTHON))")
 PIP := $(PYTHON) -m pip --disable-pip-version-check
+# Workers take tests from each other's ends, so that one long file does not decide.
+JOBS ?= $(shell nproc)
+PYTEST = $(PYTHON) -m pytest -q --numprocesses $(JOBS) --dist worksteal
+TEST_NEEDS := build/.complete build/.test-packages build/.examples-packages build/.docs-packages
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test bench docs gpu wheel wheel-test test-sanitizers test-aarch64 lint typecheck format clean help
+.PHONY: demo test test-slow bench docs gpu wheel wheel-test test-sanitizers test-aarch64 lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -56,8 +61,12 @@ build/.%-packages: build/.tools pyproject.toml
 demo: build/.runnable build/.examples-packages
 	$(PYTHON) examples/airfoil/run.py
 
-test: build/.complete build/.test-packages build/.examples-packages build/.docs-packages
-	$(PYTHON) -m pytest -q $(PYTEST_ARGS)
+test: $(TEST_NEEDS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+# One limit for all: a test of a whole program or of every barrier of a kernel takes minutes on an old machine.
+test-slow: $(TEST_NEEDS)
+	$(PYTEST) -m slow --timeout 1800 $(PYTEST_ARGS)
 
 bench: build/.runnable build/.bench-packages
 	$(PYTHON) -m benchmarks.run_cpu $(BENCH_ARGS)

@@ -6,14 +6,15 @@ compute. Arguments are checked by nobody there: that is the same C++ for every d
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
+import pytest
 import torch
 from tools import cuda_plans
 from tools.cuda_plans.run import Array, Table
@@ -21,14 +22,22 @@ from tools.cuda_plans.run import Array, Table
 from anchor_attention import KeyRangeTable, anchor_attention_reference
 
 HAS_CUDA = torch.cuda.is_available()
-CAN_EMULATE = shutil.which("nvcc") is not None
-DEVICES = ("cpu", *(["emulated"] * CAN_EMULATE), *(["cuda"] * HAS_CUDA))
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # A Hopper GPU has kernels of its own for 16-bit types; for others it runs those of every architecture.
 EMULATED_HOPPER = "emulated_hopper"
-NARROW_DEVICES = (*DEVICES, *([EMULATED_HOPPER] * CAN_EMULATE))
+_EVERY_DTYPE = ("cpu", "emulated", *(["cuda"] * HAS_CUDA))
+_NARROW = (*_EVERY_DTYPE, EMULATED_HOPPER)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _parameter(name: str, *others: Any) -> Any:
+    """A device, and what goes with it, as a parameter of a test; the emulator executes what nvcc compiles."""
+    return pytest.param(name, *others, marks=[pytest.mark.emulator, pytest.mark.needs_nvcc] * ("emulated" in name))
+
+
+DEVICES = [_parameter(name) for name in _EVERY_DTYPE]
+NARROW_DEVICES = [_parameter(name) for name in _NARROW]
 DEVICES_AND_DTYPES = [
-    (device, dtype) for dtype in DTYPES for device in (NARROW_DEVICES if dtype.itemsize == 2 else DEVICES)
+    _parameter(name, dtype) for dtype in DTYPES for name in (_NARROW if dtype.itemsize == 2 else _EVERY_DTYPE)
 ]
 
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -36,7 +45,7 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 @dataclass(frozen=True)
 class Device:
-    """One of ``NARROW_DEVICES``."""
+    """A device by its name in the tests: "cpu", "emulated", "emulated_hopper" or "cuda"."""
 
     name: str
 

@@ -14,11 +14,13 @@ from unittest import mock
 
 import torch
 from scripts import build_wheel
+from tools.locks import once_at_a_time
 
 from anchor_attention._library import library_path
 
 ROOT = Path(__file__).parents[1]
 DIRECTORY = ROOT / "build" / "installation"
+ENVIRONMENT = DIRECTORY / "environment"
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,31 @@ class Installation:
 
 @functools.cache
 def installation() -> Installation:
-    """Builds and installs once a run. CMake finds the library built, so that little is left to do."""
+    """Builds and installs once a run, whichever of its processes asks first."""
+    this_run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    finished = DIRECTORY / "run"
+    with once_at_a_time(DIRECTORY.with_suffix(".lock")):
+        if not (finished.exists() and finished.read_text() == this_run):
+            _install()
+            finished.write_text(this_run)
+    (wheel,), (sdist,) = DIRECTORY.glob("*.whl"), DIRECTORY.glob("*.tar.gz")
+    return Installation(wheel, sdist, ENVIRONMENT)
+
+
+def _install() -> None:
+    """CMake finds the library built, so that little is left to do."""
     build_directory = library_path().resolve().parent
     built = (build_directory / "CMakeCache.txt").is_file()
     shutil.rmtree(DIRECTORY, ignore_errors=True)
     with mock.patch.dict(os.environ, {"ANCHOR_ATTENTION_BUILD_DIRECTORY": str(build_directory)} if built else {}):
         wheel = build_wheel.build_wheel(DIRECTORY)
-        sdist = build_wheel.build_sdist(DIRECTORY)
-    environment = DIRECTORY / "environment"
-    venv.create(environment, symlinks=True)
-    installed = Installation(wheel, sdist, environment)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(installed.python)]
+        build_wheel.build_sdist(DIRECTORY)
+    venv.create(ENVIRONMENT, symlinks=True)
+    python = str(ENVIRONMENT / "bin" / "python")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
     subprocess.run(
         [*pip, "install", "--quiet", "--ignore-installed", "--no-deps", "--no-index", str(wheel)], check=True
     )
     # A .pth file is read here, but those beside torch are not: an editable installation of the checkout stays unseen.
-    (site_packages,) = environment.glob("lib/python*/site-packages")
+    (site_packages,) = ENVIRONMENT.glob("lib/python*/site-packages")
     (site_packages / "torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    return installed

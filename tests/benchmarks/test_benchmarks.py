@@ -84,14 +84,27 @@ def test_peers_take_any_table(peer: str, table: KeyRangeTable) -> None:
 
 
 def test_flex_attention_does_the_same_work() -> None:
+    """FlexAttention's CPU kernel has returned NaN, from memory that it had not written: then it is asked again.
+
+    What is ours is compared with plain PyTorch, so that no fault of ours passes for one of the peer's.
+    """
     table = TABLES["several_key_ranges"]
     inputs = make_operation_inputs(1, 64, 40, 2, 16)
-    ours, theirs = (
-        operation_contestant(prepare_peer(name, table, 64, 40).attention, FORWARD)(inputs)[0]
-        for name in (OURS, "flex_attention")
+    ours, plain, theirs = (
+        operation_contestant(prepare_peer(name, table, 64, 40).attention, FORWARD)
+        for name in (OURS, "eager", "flex_attention")
     )
     # Convex combinations of values of order one, with weights that depend on sums of 16 products.
-    assert (theirs - ours).abs().max() <= 64 * torch.finfo(torch.float32).eps
+    bound = 64 * torch.finfo(torch.float32).eps
+    out = ours(inputs)[0]
+    assert (out - plain(inputs)[0]).abs().max() <= bound
+    for _ in range(5):
+        peer = theirs(inputs)[0]
+        if peer.isfinite().all():
+            break
+    else:
+        pytest.skip("FlexAttention returns NaN in five runs of five")
+    assert (peer - out).abs().max() <= bound
 
 
 def test_peers_that_cannot_take_part_say_why() -> None:

@@ -19,6 +19,8 @@ from tools.cuda_plans.run import Array, from_storage, to_storage, unit_roundoff
 from tests.cuda.kernel_cases import Case, make_case, nan_storage
 from tests.cuda.test_cuda_plans import make_fields, random_table
 
+pytestmark = [pytest.mark.emulator, pytest.mark.needs_nvcc]
+
 HEAD_DIMS = [32, 48, 64, 96, 128]
 _GROUP_WORDS = 6
 _KEYS = 128  # per tile
@@ -306,6 +308,7 @@ def test_products_are_those_of_the_tiles() -> None:
         assert sum(math.prod(shape) * n for shape, n in shapes.items()) == n_products * 256 * 256 * 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_compiler_spills_and_serialises_nothing(dtype: str, head_dim: int) -> None:
@@ -324,6 +327,7 @@ def test_shared_memory_has_no_bank_conflicts(head_dim: int) -> None:
             assert counts["conflicts"] == 0, (name, operation, counts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_any_table(seed: int) -> None:
     """Ranges that overlap, repeat and end anywhere, masked keys, blocks in any order."""

@@ -18,6 +18,8 @@ from tools.cuda_resources import RESULTS, counted
 from tests.cuda.kernel_cases import Case, make_case, nan_storage
 from tests.cuda.test_cuda_plans import make_fields
 
+pytestmark = [pytest.mark.emulator, pytest.mark.needs_nvcc]
+
 HEAD_DIMS = [32, 48, 64, 96, 128]
 # Tiles of rows of which some warpgroups have none, groups without keys between longer ones, ranges of a few keys.
 UNEVEN: Table = [((0, 500), [(3, 290)]), ((500, 501), [(0, 300)]), ((510, 640), [(7, 9), (20, 150)]), ((640, 700), [])]
@@ -174,6 +176,7 @@ def test_grid_is_that_of_the_device() -> None:
         plans().plan_attention_forward(fields | {"batch": 1 << 12})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_compiler_spills_and_serialises_nothing(dtype: str, head_dim: int) -> None:

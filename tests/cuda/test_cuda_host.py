@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tools.nvcc import nvcc
 
 from tests.installation import ROOT
+
+pytestmark = pytest.mark.needs_nvcc
 
 SUCCESS, LAUNCH_FAILURE = 0, 719
 
@@ -21,7 +24,7 @@ def gpu(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     # What only other operations need is dropped, and the stand-ins are bound before what torch has of the same name.
     compiler = "-fPIC,-fvisibility=hidden,-ffunction-sections,-Wall"
     linker = "--gc-sections,-Bsymbolic,--no-undefined"
-    command = ["nvcc", "-std=c++20", "-O1", "-shared", "-cudart", "none", "-Xcompiler", compiler, "-Xlinker", linker]
+    command = [nvcc(), "-std=c++20", "-O1", "-shared", "-cudart", "none", "-Xcompiler", compiler, "-Xlinker", linker]
     command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", f"-I{torch_directory / 'include'}"]
     command += [str(ROOT / "csrc" / "host" / "cuda.cpp"), str(ROOT / "tests" / "native" / "gpu_stand_in.cpp")]
     command += [f"-L{torch_directory / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(library)]

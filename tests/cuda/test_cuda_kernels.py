@@ -19,6 +19,8 @@ from tools.cuda_resources import RESULTS, counted
 from tests.cuda.kernel_cases import make_case, make_freqs, nan_storage
 from tests.cuda.kernel_reference import Arithmetic, Bounded, rope_gradients, rotate
 
+pytestmark = [pytest.mark.emulator, pytest.mark.needs_nvcc]
+
 # (dtype, allow_tf32, generation of kernels)
 KERNELS = [
     ("bfloat16", False, "sm80"),

@@ -7,10 +7,13 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
 from tools.cuda_resources import RESULTS, machine_code
 from tools.ptx_emulator.launch import cuda_tool
 
 from anchor_attention._library import library_path
+
+pytestmark = pytest.mark.needs_nvcc
 
 
 def listing(*options: str) -> str:

@@ -17,6 +17,8 @@ from tools.cuda_plans.build import primitives_library, primitives_ptx
 from tools.cuda_plans.run import from_storage, to_storage
 from tools.ptx_emulator import Memory, Module
 
+pytestmark = [pytest.mark.emulator, pytest.mark.needs_nvcc]
+
 Words = NDArray[np.uint32]
 LANES = np.arange(32)
 G, T = LANES // 4, LANES % 4

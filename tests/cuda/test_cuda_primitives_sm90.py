@@ -14,6 +14,8 @@ from tests.tools.ptx_emulator.harness import HOPPER_DEVICES
 from tests.tools.ptx_emulator.harness import run as run_text
 from tests.tools.ptx_emulator.layout import Layout, representable, to_bits
 
+pytestmark = [pytest.mark.emulator, pytest.mark.needs_nvcc]
+
 THREADS, ROWS = 128, 64
 FLOAT32 = 7
 LANES = np.arange(32)

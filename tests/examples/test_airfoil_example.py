@@ -213,6 +213,7 @@ def test_mirrored_cases_are_flows(shapes: dataset.Shapes) -> None:
     np.testing.assert_allclose(cases.targets["volume"][0].numpy(), exact, atol=2.0**-11 * np.abs(induced).max() + 1e-6)
 
 
+@pytest.mark.slow
 def test_regenerated_shapes_are_the_shipped_ones(stored: dict[str, np.ndarray], tmp_path: Path) -> None:
     names = stored["names"][:3].tolist()
     output = tmp_path / "airfoils.npz"
@@ -331,6 +332,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(shapes: dataset.Shapes, 
         Trainer(few, TINY, replace(TINY_TRAINING, batch_size=3), checkpoint)
 
 
+@pytest.mark.slow
 def test_training_learns(shapes: dataset.Shapes) -> None:
     config = replace(TINY_TRAINING, steps=60, batch_size=4)
     losses = [progress.loss for progress in Trainer(shapes.subset(0, 8), TINY, config).run()]
@@ -384,6 +386,7 @@ def small_data(stored: dict[str, np.ndarray], folder: Path) -> Path:
     return folder / "small.npz"
 
 
+@pytest.mark.slow
 def test_program_from_training_to_pictures(stored: dict[str, np.ndarray], tmp_path: Path) -> None:
     data, output = small_data(stored, tmp_path), tmp_path / "out"
     arguments = ("--data", data, "--output", output, "--steps", "3", "--grid", "48", "32", "--pictures", "1")
@@ -405,6 +408,7 @@ def test_program_from_training_to_pictures(stored: dict[str, np.ndarray], tmp_pa
     assert program.returncode != 0 and "is of another training" in text and "--restart" in text
 
 
+@pytest.mark.slow
 def test_interrupted_program_goes_on(stored: dict[str, np.ndarray], tmp_path: Path) -> None:
     data, output = small_data(stored, tmp_path), tmp_path / "out"
     program = start_program("--data", data, "--output", output, "--steps", "100000")

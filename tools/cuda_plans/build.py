@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,6 +13,9 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+
+from tools.locks import once_at_a_time
+from tools.nvcc import nvcc
 
 _ROOT = Path(__file__).parents[2]
 _CSRC = _ROOT / "csrc"
@@ -53,8 +55,9 @@ def _cached(
     target = _ROOT / "build" / kind / digest.hexdigest()[:16] / name
     if target.exists():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+    with once_at_a_time(target.with_suffix(".lock")), tempfile.TemporaryDirectory(dir=target.parent) as directory:
+        if target.exists():
+            return target
         output = Path(directory) / name
         result = subprocess.run([*map(str, command), "-o", output], capture_output=True, text=True)
         if result.returncode:
@@ -82,14 +85,6 @@ def plans() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def nvcc() -> str:
-    """The CUDA compiler."""
-    found = os.environ.get("NVCC") or shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    if not Path(found).exists():
-        raise RuntimeError("the emulated kernel tests need nvcc: put it on PATH or set NVCC")
-    return found
 
 
 def generation(instantiation: str) -> str:

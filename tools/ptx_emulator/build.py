@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+from tools.locks import once_at_a_time
+
 _SOURCES = Path(__file__).parent / "src"
 _MODULE = "emulator_native"
 _BUILD_ROOT = Path(__file__).parents[2] / "build" / "ptx_emulator"
@@ -41,7 +43,7 @@ def _compile_one(compiler: str, source: Path, target: Path) -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    # A rename is atomic: test processes that start together may all build, and all see complete files.
+    # A rename is atomic: whoever finds the file finds all of it.
     with tempfile.TemporaryDirectory(dir=target.parent) as directory:
         made = Path(directory) / target.name
         command = [compiler, *_FLAGS, f"-DEMULATOR_MODULE={_MODULE}", *includes, "-c", str(source), "-o", str(made)]
@@ -60,10 +62,15 @@ def _build() -> Path:
     library = _BUILD_ROOT / _digest(*(path.name.encode() for path in objects)) / f"{_MODULE}.so"
     if library.exists():
         return library
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        list(pool.map(lambda pair: _compile_one(compiler, *pair), zip(sources, objects, strict=True)))
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+    with (
+        once_at_a_time(_BUILD_ROOT / "lock"),
+        ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool,
+        tempfile.TemporaryDirectory(dir=library.parent) as directory,
+    ):
+        if library.exists():
+            return library
+        list(pool.map(lambda pair: _compile_one(compiler, *pair), zip(sources, objects, strict=True)))
         linked = Path(directory) / library.name
         subprocess.run([compiler, "-shared", *map(str, objects), "-o", str(linked)], check=True)
         os.replace(linked, library)

@@ -21,6 +21,8 @@ from tools.ptx_emulator.ptx import InstructionText
 
 from tests.cuda.kernel_cases import Case, make_case
 
+pytestmark = [pytest.mark.slow, pytest.mark.needs_nvcc]
+
 DTYPE, HEAD_DIM = "bfloat16", 64
 SEEDS = range(4)
 SYNCHRONISATION = re.compile(

@@ -13,6 +13,8 @@ from tools.cuda_plans.build import ptx_file
 from tools.cuda_plans.run import to_storage
 from tools.ptx_emulator import EmulatorError, Module
 
+pytestmark = [pytest.mark.slow, pytest.mark.needs_nvcc]
+
 SYNCHRONISATION = re.compile(r"(bar\.sync|bar\.warp\.sync|cp\.async\.wait_group|cp\.async\.wait_all)\b[^;]*;")
 ENTRY = re.compile(r"\.entry\s+(\w+)")
 SEEDS = range(4)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tools.nvcc import find_nvcc, nvcc
 from tools.ptx_emulator import Counters, Memory, Module, RaceError, UninitializedReadError
 from tools.ptx_emulator.launch import Parameter
 
@@ -24,10 +25,10 @@ SEEDS = range(4)
 def module() -> Module:
     """The committed text; where nvcc is, it must be what nvcc makes of the source."""
     text = PTX.read_text()
-    if generate.has_compiler():
+    if find_nvcc() is not None:
         body = re.compile(r"^\.version.*\n", re.MULTILINE)
         assert body.sub("", generate.compile_programs()) == body.sub("", text), (
-            "run python -m tests.emulator.fixtures.generate"
+            "run python -m tests.tools.ptx_emulator.fixtures.generate"
         )
     return Module.from_ptx(text)
 
@@ -211,8 +212,8 @@ def test_repeated_launches_agree(module: Module) -> None:
 def library_with_ptx(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A library that nvcc builds, or without nvcc a file that a stand-in for cuobjdump reads."""
     library = directory / "libprograms.so"
-    if generate.has_compiler():
-        command = ["nvcc", "-shared", "-Xcompiler", "-fPIC", "-std=c++20", "-lineinfo", "-cudart", "none"]
+    if find_nvcc() is not None:
+        command = [nvcc(), "-shared", "-Xcompiler", "-fPIC", "-std=c++20", "-lineinfo", "-cudart", "none"]
         command += ["-gencode", "arch=compute_80,code=[sm_80,compute_80]", str(PTX.with_suffix(".cu"))]
         command += ["-o", str(library)]
         subprocess.run(command, check=True, capture_output=True)
