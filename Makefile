@@ -85,12 +85,12 @@ wheel-test: wheel
 	PATH="$(BIN):$$PATH" $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/from-sdist $$(ls -t dist/*.tar.gz | head -n 1)
 	$(PYTHON) scripts/test_wheel.py $$(ls -t dist/*.whl | head -n 1)
 
-# Neither needs torch.
+# Neither needs torch; both need CMake.
 test-sanitizers:
-	scripts/test_sanitizers.sh
+	PATH="$(BIN):$$PATH" scripts/test_sanitizers.sh
 
 test-aarch64:
-	scripts/test_aarch64.sh
+	PATH="$(BIN):$$PATH" scripts/test_aarch64.sh
 
 lint: build/.tools build/.dev-packages
 	$(PYTHON) -m ruff check .

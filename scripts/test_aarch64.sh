@@ -11,13 +11,10 @@ if ! { command -v "$compiler" && command -v qemu-aarch64; } >/dev/null; then
   export DEBIAN_FRONTEND=noninteractive
   apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu qemu-user >/dev/null
 fi
+command -v cmake >/dev/null || { echo "cmake is missing: pip install cmake" >&2; exit 1; }
 out=build/aarch64
-mkdir -p "$out"
-"$compiler" -static -Icsrc -std=c++20 -O1 -Wall -Wextra -Wno-psabi -fno-math-errno -fno-trapping-math \
-  -DANCHOR_ATTENTION_ISA=baseline "-DANCHOR_ATTENTION_ISAS(apply)=apply(baseline)" \
-  "-DANCHOR_ATTENTION_TILE_ISAS(apply)=" \
-  csrc/key_ranges.cpp csrc/kernels/cpu/{attention,attention_backward,dispatch,rope,schedule}.cpp \
-  csrc/kernels/cpu/vector/{attention_backward_tile,attention_tile,instruction_set,pack,rope_tokens}.cpp \
-  tests/native/drive_kernels.cpp -lpthread -o "$out/drive_kernels"
+cmake -S tests/native -B "$out" -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+  "-DCMAKE_CXX_COMPILER=$compiler" -DCMAKE_EXE_LINKER_FLAGS=-static >/dev/null
+cmake --build "$out" --parallel "$(nproc)" >/dev/null
 echo "== aarch64, baseline"
 qemu-aarch64 "$out/drive_kernels" 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -20,18 +21,17 @@ from tools.nvcc import nvcc
 _ROOT = Path(__file__).parents[2]
 _CSRC = _ROOT / "csrc"
 _CUDA = _CSRC / "kernels" / "cuda"
-_PLAN_SOURCES = (
-    Path(__file__).parent / "bindings.cpp",
-    _CSRC / "key_ranges.cpp",
-    _CUDA / "plan.cpp",
-    *(_CUDA / "common" / f"{name}.cpp" for name in ("plan_detail", "plan_rope", "schedule")),
-    _CUDA / "sm80" / "plan_attention.cpp",
-    *(_CUDA / "sm90" / f"{name}.cpp" for name in ("backward_schedule", "plan_forward", "plan_backward", "plan_detail")),
-)
 # Architecture that is compiled for where none is asked for; wgmma exists for one architecture only.
 _ARCHITECTURES = {"common": "80", "sm80": "80", "sm90": "90a"}
 _NVCC_FLAGS = ("-std=c++20", "-lineinfo", f"-I{_CSRC}")
 _MODULE = "cuda_plans_native"
+
+
+def _plan_sources() -> tuple[Path, ...]:
+    """The bindings, and the sources that the library's build lists."""
+    text = (_ROOT / "cmake" / "sources.cmake").read_text()
+    (listed,) = re.findall(r"set\(CUDA_PLAN_SOURCES([^)]*)\)", text)
+    return (Path(__file__).parent / "bindings.cpp", *(_ROOT / name for name in listed.split()))
 
 
 @cache
@@ -73,12 +73,13 @@ def plans() -> ModuleType:
     """The compiled planning functions."""
     import pybind11
 
+    sources = _plan_sources()
     includes = [f"-I{path}" for path in (_CSRC, pybind11.get_include(), sysconfig.get_paths()["include"])]
     command = [
         os.environ.get("CXX", "g++"), "-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden",
-        f"-DCUDA_PLANS_MODULE={_MODULE}", *includes, *_PLAN_SOURCES,
+        f"-DCUDA_PLANS_MODULE={_MODULE}", *includes, *sources,
     ]  # fmt: skip
-    library = _cached("cuda_plans", _PLAN_SOURCES, sys.version, f"{_MODULE}.so", command)
+    library = _cached("cuda_plans", sources, sys.version, f"{_MODULE}.so", command)
     spec = importlib.util.spec_from_file_location(_MODULE, library)
     if spec is None or spec.loader is None:
         raise ImportError(f"cannot load {library}")
