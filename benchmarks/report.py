@@ -20,7 +20,6 @@ from .workloads import CPU, PATTERNS
 CASES, CEILINGS, ENVIRONMENT, SCALING = "cases.json", "ceilings.json", "environment.json", "scaling.json"
 TABLE = "table.md"
 WORKLOADS = [workload.name for workload in CPU]
-MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
 NOT_MEASURED = "not measured"
 RATIO_PEERS = ("eager", "sdpa_per_pattern", "dense_mask", FLEX_ATTENTION)
 PASS_NAMES = {FORWARD: "forward", "forward_backward": "forward + backward"}
@@ -64,44 +63,6 @@ def write_report(folder: Path) -> None:
     records.sort(key=lambda record: [WORKLOADS.index(record["workload"]), PATTERNS.index(record["pattern"])])
     (folder / TABLE).write_text(markdown(environment, records, load(folder, CEILINGS)))
     plot_all(folder, environment, records, load(folder, SCALING))
-
-
-def overview(environment: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
-    """The summary in a few lines, for another page."""
-    peers = ("eager", "sdpa_per_pattern")
-    rows = []
-    for level, dtype, passes in dict.fromkeys((r["level"], r["dtype"], r["pass"]) for r in records):
-        cells = []
-        for peer in peers:
-            medians = [
-                record["time_relative_to_ours"][peer][1]
-                for record in records
-                if (record["level"], record["dtype"], record["pass"]) == (level, dtype, passes)
-            ]
-            cells.append(f"{_ratio_text(geometric_mean(medians))} ({_ratio_text(min(medians))})")
-        rows.append([level, dtype, PASS_NAMES[passes], *cells, str(len(medians))])
-    rows.sort()
-    return (
-        f"{environment['device']}, {environment['threads']} threads, kernels for "
-        f"{environment['instruction_sets']['selected']}, torch {environment['torch']}: how many times longer a peer "
-        "takes, geometric mean over the cases (worst case).\n\n"
-        + _table(["level", "dtype", "pass", *(f"× {peer}" for peer in peers), "cases"], rows)
-    )
-
-
-def insert_overview(page: Path, folder: Path) -> None:
-    """Puts the overview of a folder between the markers of a page.
-
-    Raises:
-        ValueError: If the page lacks the markers.
-    """
-    text = page.read_text()
-    before, begin, rest = text.partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
-    if not begin or not end:
-        raise ValueError(f"{page} must hold {MARKERS[0]!r} and, behind it, {MARKERS[1]!r}")
-    table = overview(load(folder, ENVIRONMENT), load(folder, CASES))
-    page.write_text(f"{before}{begin}\n{table}\n{end}{after}")
 
 
 def _head(environment: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
@@ -150,7 +111,7 @@ def _summary(records: Sequence[dict[str, Any]]) -> str:
                             ]
                         )
     header = ["level", "dtype", "pass", "peer", "× geometric mean", "× worst case", "cases", "lost"]
-    return "## Summary\n\n" + _table(header, rows) + _memory_summary(records)
+    return "## Summary\n\n" + markdown_table(header, rows) + _memory_summary(records)
 
 
 def _memory_summary(records: Sequence[dict[str, Any]]) -> str:
@@ -169,7 +130,7 @@ def _memory_summary(records: Sequence[dict[str, Any]]) -> str:
     if not rows:
         return ""
     header = ["level", "dtype", "pass", "peer", "geometric mean", "least", "most", "cases"]
-    return "\n\nOur peak memory as a share of the peer's:\n\n" + _table(header, rows)
+    return "\n\nOur peak memory as a share of the peer's:\n\n" + markdown_table(header, rows)
 
 
 def _ceilings(ceilings: dict[str, Any]) -> str:
@@ -181,7 +142,7 @@ def _ceilings(ceilings: dict[str, Any]) -> str:
             rows.append([name, f"{values[1]:.0f}", f"{values[0]:.0f} – {values[2]:.0f}"])
     return (
         "## Rates of the machine\n\nLarge matrix products of torch, and fused multiply-adds that never leave the "
-        "registers, in the same rounds, all threads.\n\n" + _table(["what", "GFLOP/s", "quartiles"], rows)
+        "registers, in the same rounds, all threads.\n\n" + markdown_table(["what", "GFLOP/s", "quartiles"], rows)
     )
 
 
@@ -203,7 +164,7 @@ def _shares(records: Sequence[dict[str, Any]]) -> str:
     return (
         "\n\nWhat the operation reaches of these rates, taken in its own rounds (matrix products of "
         f"{MATMUL_SIZE} × {MATMUL_SIZE}), over its workloads:\n\n"
-        + _table(["dtype", "pass", "of", "% geometric mean", "% least", "% most"], rows)
+        + markdown_table(["dtype", "pass", "of", "% geometric mean", "% least", "% most"], rows)
     )
 
 
@@ -232,7 +193,9 @@ def _level(level: str, records: Sequence[dict[str, Any]]) -> str:
         rows.append(row)
     missing = sorted({(peer, why) for record in chosen for peer, why in record["not_supported"].items()})
     notes = "".join(f"\n- {peer}: {why}" for peer, why in missing)
-    return f"## {LEVEL_NAMES[level]}\n\n" + _table(header, rows) + (f"\n\nNot measured:\n{notes}" if notes else "")
+    return (
+        f"## {LEVEL_NAMES[level]}\n\n" + markdown_table(header, rows) + (f"\n\nNot measured:\n{notes}" if notes else "")
+    )
 
 
 def _ratio_text(ratio: float) -> str:
@@ -267,7 +230,8 @@ def _peak(record: dict[str, Any], name: str) -> int:
     return peak if isinstance(peak, int) else 0
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in markdown."""
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
     lines.insert(1, "|" + " --- |" * len(header))
     return "\n".join(lines)
@@ -277,11 +241,8 @@ def main() -> None:
     """Runs the command line."""
     command = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     command.add_argument("folder", type=Path, help="a folder of raw results")
-    command.add_argument("--into", type=Path, help=f"a page whose text between {' and '.join(MARKERS)} is replaced")
     arguments = command.parse_args()
     write_report(arguments.folder)
-    if arguments.into is not None:
-        insert_overview(arguments.into, arguments.folder)
 
 
 if __name__ == "__main__":

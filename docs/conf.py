@@ -25,6 +25,8 @@ html_theme = "furo"
 html_title = f"anchor-attention {version}"
 html_show_copyright = False
 html_copy_source = False
+# Pages for users come before those on the inside.
+html_search_scorer = str(Path(__file__).parent / "search_scorer.js")
 
 
 def drop_absent_pages(app: Any, docname: str, source: list[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import machine, report, run_cpu
+from benchmarks import machine, readme, report, run_cpu
 from benchmarks.cases import MODULE, OPERATION, Case, make_contest, relative_errors, time_case
 from benchmarks.inputs import make_module, make_module_inputs, real_tokens, scores_per_head
 from benchmarks.memory import peak_above_inputs
@@ -278,23 +278,23 @@ def test_the_report_names_losses_and_gaps() -> None:
     assert "2 of 3 planned cases" in page
 
 
-def test_an_overview_replaces_what_is_between_the_markers(tmp_path: Path) -> None:
+def test_the_readme_shows_every_machine_and_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
     records = [record(4.0), record(0.25, "wells")]
     for made in records:
         made["time_relative_to_ours"]["sdpa_per_pattern"] = ratios([3.0], [1.0])
-    (tmp_path / report.CASES).write_text(json.dumps(records))
-    (tmp_path / report.ENVIRONMENT).write_text(json.dumps(machine.environment(2)))
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{report.MARKERS[0]}\nold\n{report.MARKERS[1]}\nafter\n")
-    report.insert_overview(page, tmp_path)
-    once = page.read_text()
-    assert "| module | float32 | forward | 1.00 (**0.25**) | 3.00 (3.00) | 2 |" in once
+    folder = tmp_path / "machine" / "set"
+    folder.mkdir(parents=True)
+    (folder / report.CASES).write_text(json.dumps(records))
+    (folder / report.ENVIRONMENT).write_text(json.dumps(machine.environment(2)))
+    page = f"before\n{readme.MARKERS[0]}\nold\n{readme.MARKERS[1]}\nafter\n"
+    once = readme.with_tables(page)
+    row = "| attention module, float32 | PyTorch, group by group | 1.00 × (least 0.25) | not measured |"
+    assert row in once and "results/machine/set" in once and "3.00 × (least 3.00)" in once
     assert "old" not in once and once.startswith("before\n") and once.endswith("\nafter\n")
-    report.insert_overview(page, tmp_path)
-    assert page.read_text() == once
-    page.write_text("no markers")
-    with pytest.raises(ValueError, match=r"must hold .*benchmarks: begin"):
-        report.insert_overview(page, tmp_path)
+    assert readme.with_tables(once) == once
+    with pytest.raises(ValueError, match=r"must hold .*gains: begin"):
+        readme.with_tables("no markers")
 
 
 def test_geometric_mean_of_reciprocals_is_the_reciprocal() -> None:
