@@ -1,4 +1,5 @@
 #include <cuda_runtime_api.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -9,7 +10,8 @@
 #include "host/device.h"
 #include "kernels/cuda/attention.h"
 
-// A CPU build of torch does not have it: weak, the one library loads there, too.
+// A CPU build of torch does not have it: weak, the one library loads there, too. Bound in a program that links torch's
+// libraries; Python loads them for themselves alone, so that it stays null there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace anchor_attention {
@@ -19,10 +21,22 @@ void check_cuda(cudaError_t error, const char* operation) {
   check(error == cudaSuccess, operation, " failed on the GPU: ", cudaGetErrorString(error));
 }
 
+using StreamOfDevice = decltype(&aoti_torch_get_current_cuda_stream);
+
+// Null in a torch without CUDA. With one, tensors on a GPU exist only after torch has loaded its part for CUDA.
+StreamOfDevice find_stream_of_device() {
+  if (aoti_torch_get_current_cuda_stream != nullptr) return aoti_torch_get_current_cuda_stream;
+  void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+  return torch_cuda == nullptr
+             ? nullptr
+             : reinterpret_cast<StreamOfDevice>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
+}
+
 cudaStream_t current_stream(int32_t device) {
-  check(aoti_torch_get_current_cuda_stream != nullptr, "this torch is built without CUDA");
+  static const StreamOfDevice stream_of_device = find_stream_of_device();
+  check(stream_of_device != nullptr, "this torch is built without CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(stream_of_device(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

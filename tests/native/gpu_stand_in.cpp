@@ -1,5 +1,5 @@
-// Stands in for the CUDA runtime, torch's part for CUDA and the kernels, so that what the host code makes of a GPU is
-// tested without one.
+// Stands in for the CUDA runtime, torch's guard of devices and the kernels, so that what the host code makes of a GPU
+// is tested without one. The current stream comes from a library of its own, as it does from torch.
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -16,6 +16,7 @@ struct {
   int minor;
   cudaError_t launch_result;
   bool launched;
+  cudaStream_t stream;
 } gpu;
 
 }  // namespace
@@ -27,9 +28,6 @@ AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard)
   return *guard = nullptr, AOTI_TORCH_SUCCESS;
 }
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return AOTI_TORCH_SUCCESS; }
-AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
-  return *stream = nullptr, AOTI_TORCH_SUCCESS;
-}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? gpu.major : gpu.minor;
@@ -39,8 +37,9 @@ const char* cudaGetErrorString(cudaError_t) { return "out of order"; }
 
 }  // extern "C"
 
-cudaError_t anchor_attention::cuda::rope(const RopeParams&, cudaStream_t) {
+cudaError_t anchor_attention::cuda::rope(const RopeParams&, cudaStream_t stream) {
   gpu.launched = true;
+  gpu.stream = stream;
   return gpu.launch_result;
 }
 
@@ -48,7 +47,7 @@ cudaError_t anchor_attention::cuda::rope(const RopeParams&, cudaStream_t) {
 // or both.
 extern "C" __attribute__((visibility("default"))) const char* call_rope(int major, int minor, int launch_result) {
   static std::string answer;
-  gpu = {major, minor, static_cast<cudaError_t>(launch_result), false};
+  gpu = {major, minor, static_cast<cudaError_t>(launch_result), false, nullptr};
   std::string error;
   try {
     anchor_attention::Cuda::rope({}, {});
@@ -58,3 +57,6 @@ extern "C" __attribute__((visibility("default"))) const char* call_rope(int majo
   answer = (gpu.launched ? "launched " : "") + error;
   return answer.c_str();
 }
+
+// The stream of that launch.
+extern "C" __attribute__((visibility("default"))) void* launch_stream() { return gpu.stream; }
