@@ -36,6 +36,18 @@ def load(folder: Path, name: str) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def load_cases(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The environment and the cases of a folder.
+
+    Raises:
+        FileNotFoundError: If one of them is missing.
+    """
+    environment, records = load(folder, ENVIRONMENT), load(folder, CASES)
+    if environment is None or records is None:
+        raise FileNotFoundError(f"{folder} must hold {ENVIRONMENT} and {CASES}")
+    return environment, records
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     """Geometric mean of at least one positive value."""
     logarithms = [math.log(value) for value in values]
@@ -57,9 +69,7 @@ def write_report(folder: Path) -> None:
     Raises:
         FileNotFoundError: If the folder holds no cases or no environment.
     """
-    environment, records = load(folder, ENVIRONMENT), load(folder, CASES)
-    if environment is None or records is None:
-        raise FileNotFoundError(f"{folder} must hold {ENVIRONMENT} and {CASES}")
+    environment, records = load_cases(folder)
     records.sort(key=lambda record: [WORKLOADS.index(record["workload"]), PATTERNS.index(record["pattern"])])
     (folder / TABLE).write_text(markdown(environment, records, load(folder, CEILINGS)))
     plot_all(folder, environment, records, load(folder, SCALING))
@@ -186,10 +196,10 @@ def _level(level: str, records: Sequence[dict[str, Any]]) -> str:
         if level == OPERATION:
             row.append(f"{record['attention_flops'] / seconds / 1e9:.0f}")
             row += [_share(record, ceiling) for ceiling in CEILING_NAMES]
-        row += [_ratio(record, peer) for peer in peers]
+        row += [ratio_cell(record, peer) for peer in peers]
         row += [f"{record['ready_seconds'][peer]:.1f}" if peer in record["seconds"] else "" for peer in compiled]
-        row += [_error(record, name) for name in (OURS, "eager", "sdpa_per_pattern")]
-        row += [_memory(record, name) for name in (OURS, "eager", "sdpa_per_pattern")]
+        row += [error_cell(record, name) for name in (OURS, "eager", "sdpa_per_pattern")]
+        row += [memory_cell(record, name) for name in (OURS, "eager", "sdpa_per_pattern")]
         rows.append(row)
     missing = sorted({(peer, why) for record in chosen for peer, why in record["not_supported"].items()})
     notes = "".join(f"\n- {peer}: {why}" for peer, why in missing)
@@ -202,7 +212,8 @@ def _ratio_text(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio >= 1 else f"**{ratio:.2f}**"
 
 
-def _ratio(record: dict[str, Any], peer: str) -> str:
+def ratio_cell(record: dict[str, Any], peer: str) -> str:
+    """A peer's time over ours, with its quartiles."""
     if peer not in record["time_relative_to_ours"]:
         return NOT_MEASURED
     lower, median, upper = record["time_relative_to_ours"][peer]
@@ -214,14 +225,16 @@ def _share(record: dict[str, Any], ceiling: str) -> str:
     return f"{measured['our_share'][1] * 100:.0f}" if measured else NOT_MEASURED
 
 
-def _error(record: dict[str, Any], name: str) -> str:
+def error_cell(record: dict[str, Any], name: str) -> str:
+    """Errors of the output and the worst of the gradients."""
     errors = record.get("relative_error", {}).get(name)
     return " / ".join(f"{error:.1e}" for error in errors.values()) if errors else NOT_MEASURED
 
 
-def _memory(record: dict[str, Any], name: str) -> str:
-    peak = _peak(record, name)
-    return f"{peak / 2**20:.1f}" if peak else NOT_MEASURED
+def memory_cell(record: dict[str, Any], name: str) -> str:
+    """Peak in MiB."""
+    peak = record.get("peak_bytes", {}).get(name)
+    return f"{peak / 2**20:.1f}" if isinstance(peak, int) else NOT_MEASURED
 
 
 def _peak(record: dict[str, Any], name: str) -> int:

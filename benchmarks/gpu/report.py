@@ -11,7 +11,17 @@ from anchor_attention.benchmark.peers import OURS
 from anchor_attention.benchmark.timing import quartiles
 
 from ..cases import FLEX_ATTENTION, LEVELS, MATMUL, OPERATION
-from ..report import CASES, ENVIRONMENT, LEVEL_NAMES, NOT_MEASURED, PASS_NAMES, TABLE, load
+from ..report import (
+    LEVEL_NAMES,
+    NOT_MEASURED,
+    PASS_NAMES,
+    TABLE,
+    error_cell,
+    load_cases,
+    markdown_table,
+    memory_cell,
+    ratio_cell,
+)
 
 PLOTTED_PEERS = ("eager", "sdpa_per_pattern")
 
@@ -49,9 +59,7 @@ def write_report(folder: Path) -> None:
     Raises:
         FileNotFoundError: If the folder holds no cases or no environment.
     """
-    environment, records = load(folder, ENVIRONMENT), load(folder, CASES)
-    if environment is None or records is None:
-        raise FileNotFoundError(f"{folder} must hold {ENVIRONMENT} and {CASES}")
+    environment, records = load_cases(folder)
     (folder / TABLE).write_text(markdown(environment, records))
     plotted = [
         record for record in records if all(peer in record.get("time_relative_to_ours", {}) for peer in PLOTTED_PEERS)
@@ -80,36 +88,18 @@ def _level(level: str, records: Sequence[dict[str, Any]]) -> str:
         if level == OPERATION:
             share = record["ceilings"][MATMUL]["our_share"][1]
             row += [f"{record['attention_flops'] / seconds / 1e12:.1f}", f"{100 * share:.0f}"]
-        row += [_ratio(record, name) for name in names]
+        row += [ratio_cell(record, name) for name in names]
         if FLEX_ATTENTION in names:
             ready = record["ready_seconds"].get(FLEX_ATTENTION)
             row.append(NOT_MEASURED if ready is None else f"{ready:.1f}")
-        row += [_error(record, name) for name in (OURS, *PLOTTED_PEERS)]
-        row += [_memory(record, name) for name in (OURS, *PLOTTED_PEERS)]
+        row += [error_cell(record, name) for name in (OURS, *PLOTTED_PEERS)]
+        row += [memory_cell(record, name) for name in (OURS, *PLOTTED_PEERS)]
         rows.append(row)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, *rows)]
-    lines.insert(1, "|" + " --- |" * len(header))
     missing = sorted({(name, why) for record in records for name, why in record["not_supported"].items()})
     notes = "".join(f"\n- {name}: {why}" for name, why in missing)
-    return f"## {LEVEL_NAMES[level]}\n\n" + "\n".join(lines) + (f"\n\nNot measured:\n{notes}" if notes else "")
-
-
-def _ratio(record: dict[str, Any], name: str) -> str:
-    if name not in record["time_relative_to_ours"]:
-        return NOT_MEASURED
-    lower, median, upper = record["time_relative_to_ours"][name]
-    text = f"{median:.2f}" if median >= 1 else f"**{median:.2f}**"
-    return f"{text} ({lower:.2f} – {upper:.2f})"
-
-
-def _error(record: dict[str, Any], name: str) -> str:
-    errors = record.get("relative_error", {}).get(name)
-    return " / ".join(f"{error:.1e}" for error in errors.values()) if errors else NOT_MEASURED
-
-
-def _memory(record: dict[str, Any], name: str) -> str:
-    peak = record["peak_bytes"].get(name)
-    return NOT_MEASURED if peak is None else f"{peak / 2**20:.1f}"
+    return (
+        f"## {LEVEL_NAMES[level]}\n\n" + markdown_table(header, rows) + (f"\n\nNot measured:\n{notes}" if notes else "")
+    )
 
 
 def main() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+
+from anchor_attention.benchmark.timing import cuda_seconds, wall_seconds
 
 T = TypeVar("T")
 
@@ -34,7 +35,12 @@ def interleave_cold(
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            seconds[name].append(_seconds(contestants[name], inputs[i % len(inputs)], flushed))
+            chosen = inputs[i % len(inputs)]
+            seconds[name].append(
+                wall_seconds(contestants[name], chosen)
+                if flushed is None
+                else cuda_seconds(contestants[name], chosen, flushed.zero_)
+            )
     return seconds
 
 
@@ -49,21 +55,3 @@ def peak_above_inputs(contestant: Callable[[T], object], inputs: T, device: str)
     torch.cuda.synchronize()
     del result
     return torch.cuda.max_memory_allocated() - before
-
-
-def _seconds(contestant: Callable[[T], object], inputs: T, flushed: torch.Tensor | None) -> float:
-    if flushed is None:
-        start = time.perf_counter()
-        contestant(inputs)
-        return time.perf_counter() - start
-    begin: Any
-    end: Any
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    flushed.zero_()
-    begin.record()
-    result = contestant(inputs)
-    end.record()
-    end.synchronize()
-    del result
-    return float(begin.elapsed_time(end)) / 1e3

@@ -47,7 +47,7 @@ def interleave(
         raise ValueError("contestants must hold at least one function, got none")
     if rounds < 1 or warmup < 0:
         raise ValueError(f"rounds must be at least 1 and warmup at least 0, got rounds={rounds} and warmup={warmup}")
-    elapsed = _cuda_seconds if torch.device(device).type == "cuda" else _wall_seconds
+    elapsed = cuda_seconds if torch.device(device).type == "cuda" else wall_seconds
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(warmup + rounds):
@@ -79,7 +79,8 @@ def quartiles(values: Sequence[float]) -> Quartiles:
     return Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))
 
 
-def _wall_seconds(contestant: Callable[[T], object], inputs: T) -> float:
+def wall_seconds(contestant: Callable[[T], object], inputs: T) -> float:
+    """Seconds of a call by the wall clock; what it returns is dropped outside of them."""
     begin = time.perf_counter()
     result = contestant(inputs)
     duration = time.perf_counter() - begin
@@ -87,11 +88,13 @@ def _wall_seconds(contestant: Callable[[T], object], inputs: T) -> float:
     return duration
 
 
-def _cuda_seconds(contestant: Callable[[T], object], inputs: T) -> float:
+def cuda_seconds(contestant: Callable[[T], object], inputs: T, prepare: Callable[[], object] = lambda: None) -> float:
+    """Seconds between CUDA events around a call; ``prepare`` is launched before the first of them."""
     begin: Any
     end: Any
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
+    prepare()
     begin.record()
     result = contestant(inputs)
     end.record()
