@@ -41,7 +41,7 @@ class CMakeBuild(build_ext):
             raise SystemExit("anchor-attention: CMake is missing; install it with 'pip install cmake'") from None
 
     def copy_extensions_to_source(self) -> None:
-        """Puts what CMake installs beside the library into the source tree, too, for an editable installation."""
+        """Puts what CMake installs beside the library into the source tree as well, for an editable installation."""
         super().copy_extensions_to_source()
         shutil.copytree(
             Path(self.build_lib) / "anchor_attention" / "share",
@@ -57,7 +57,7 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
     def run(self) -> None:
-        # setuptools keeps this directory and packs all that is in it: modules that have since been removed, too.
+        # setuptools keeps this directory and packs all that is in it: also modules that have since been removed.
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         super().run()
 

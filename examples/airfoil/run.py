@@ -3,7 +3,7 @@
     python examples/airfoil/run.py            trains for about two and a half minutes
     python examples/airfoil/run.py --full     trains longer
 
-The data set is shipped; ``make_dataset.py`` makes it anew. An interrupted training goes on where it was.
+The data set is shipped; ``make_dataset.py`` makes it again. An interrupted training continues where it stopped.
 """
 
 from __future__ import annotations

@@ -69,6 +69,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """The public names: what an editor offers, without the modules that they come from."""
+    return list(__all__)
+
+
 def __getattr__(name: str) -> ModuleType:
     """Imports these parts when they are first used: they take a third of the package's import time."""
     if name in ("converters", "streaming"):

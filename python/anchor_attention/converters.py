@@ -51,7 +51,7 @@ def to_ranges(table: KeyRangeTable) -> tuple[Tensor, Tensor]:
 def to_cu_seqlens(table: KeyRangeTable, n_queries: int, n_keys: int) -> tuple[Tensor, Tensor]:
     """Returns the cumulative lengths of packed samples.
 
-    Queries without a key become samples without keys, and keys that nobody reads samples without queries.
+    Queries without a key become samples without keys, and keys that are never read become samples without queries.
 
     Args:
         table: A block-diagonal table.
@@ -104,7 +104,7 @@ def from_gappy_keys(cu_seqlens_q: Sequence[int] | Tensor, k_begins: Any, k_lengt
         k_lengths: (n,) keys of each sample.
 
     Raises:
-        ValueError: If the lengths don't fit to each other.
+        ValueError: If the lengths do not match.
     """
     queries, begins, lengths = (_integers(numbers) for numbers in (cu_seqlens_q, k_begins, k_lengths))
     n = len(queries) - 1

@@ -108,7 +108,7 @@ def anchor_attention(
         k_freqs: (B or 1, Nk, D / 2) complex64, likewise for k.
         key_mask: (B, Nk) bool, True where the key exists.
         scale: Factor of the scores; D^-½ when None.
-        return_lse: Whether to return lse, too.
+        return_lse: Whether to return lse as well.
 
     Returns:
         out (B, Nq, H, D), contiguous, in q's dtype; with ``return_lse`` also lse (B, H, Nq) float32. Dtypes: float32,

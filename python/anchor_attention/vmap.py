@@ -11,7 +11,7 @@ Dims = Sequence[Any]
 
 
 def attention(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[torch.Tensor, ...], tuple[int, int]]:
-    """The rule of ``attention``. Takes what ``torch.library.register_vmap`` asks for."""
+    """The rule of ``attention``, with the arguments that ``torch.library.register_vmap`` passes."""
     q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale, allow_tf32 = _with_defaults(args)
     q_dim, k_dim, v_dim, *_, freqs_dim, mask_dim, _, _ = _with_defaults(in_dims, dims=True)
     n = info.batch_size
@@ -32,7 +32,7 @@ def attention(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[torch.Tensor,
 
 
 def attention_backward(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
-    """The rule of ``attention_backward``: gradients for each sample, of what the samples share, too."""
+    """The rule of ``attention_backward``: gradients for each sample, also of what the samples share."""
     *tensors, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale, allow_tf32, need_q, need_k, need_v, need_f = args
     n = info.batch_size
     grad_out, grad_lse, q, k, v, out, lse = (

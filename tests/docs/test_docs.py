@@ -66,6 +66,11 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert not missing
 
 
+def test_dir_lists_the_public_names_and_nothing_else() -> None:
+    assert dir(anchor_attention) == sorted(anchor_attention.__all__)
+    assert all(hasattr(anchor_attention, name) for name in dir(anchor_attention))
+
+
 def test_site_builds_without_a_warning_and_fetches_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", str(DOCS), str(tmp_path)]
     subprocess.run(command, check=True, timeout=300)

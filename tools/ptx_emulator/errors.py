@@ -32,7 +32,7 @@ class MisalignedError(EmulatorError):
 
 
 class DeadlockError(EmulatorError):
-    """No warp can go on, or all of them spin without an effect."""
+    """No warp can proceed, or all of them spin without effect."""
 
 
 class DivergenceError(EmulatorError):

@@ -1,4 +1,4 @@
-"""How far a stream has written, on disk: what an interrupted run goes on from."""
+"""How far a stream has written, on disk: where an interrupted run continues."""
 
 from __future__ import annotations
 

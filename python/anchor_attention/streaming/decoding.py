@@ -74,7 +74,7 @@ def stream(
         pad_last: Whether the last odd chunk is filled up to the size of the others, for a ``decode`` that would be
             compiled anew for another size. What is computed for the padding is dropped.
         raise_on_nan: Whether a NaN in an output ends the run, before its chunk is written.
-        checkpoint: A file that notes what is written. If it is there, the run goes on behind the last whole chunk; it
+        checkpoint: A file that notes what is written. If it exists, the run continues after the last whole chunk; it
             is deleted at the end. An iterable must begin at its beginning again.
         branch_of: The branch of outputs whose name does not contain it.
         progress: ``True`` draws a bar with speed and time left; a function is called after every chunk.
