@@ -31,7 +31,6 @@ __device__ uint32_t make_barrier() {
 
 // The pointers to the tensors are in their maps. at: coordinates of the box to load, then of the box to store. The tile
 // is 2 KiB.
-template <bool kAdds>
 __device__ void copy_box(const int32_t* at, const TensorMap& source, const TensorMap& target) {
   __shared__ alignas(1024) uint8_t tile[2048];
   const uint32_t barrier = make_barrier();
@@ -40,28 +39,17 @@ __device__ void copy_box(const int32_t* at, const TensorMap& source, const Tenso
   ptx::mbarrier_arrive_expect(barrier, sizeof(tile));
   ptx::tma_load(ptx::shared_address(tile), source, {at[0], at[1], at[2], at[3]}, barrier);
   ptx::mbarrier_wait(barrier, 0);
-  const ptx::Coordinates to{at[4], at[5], at[6], at[7]};
-  if constexpr (kAdds) {
-    ptx::tma_add(target, to, ptx::shared_address(tile));
-  } else {
-    ptx::tma_store(target, to, ptx::shared_address(tile));
-  }
+  ptx::tma_store(target, {at[4], at[5], at[6], at[7]}, ptx::shared_address(tile));
   ptx::bulk_commit();
   ptx::bulk_wait<0>();
 }
 
-// 128 floats, doubled by the threads between the load and the store.
+// 128 floats, doubled on the way.
 template <bool kAdds>
 __device__ void copy_bytes(const float* in, float* out) {
   __shared__ alignas(16) float tile[kThreads];
-  const uint32_t barrier = make_barrier();
   const uint32_t address = ptx::shared_address(tile);
-  if (threadIdx.x == 0) {
-    ptx::mbarrier_arrive_expect(barrier, sizeof(tile));
-    ptx::bulk_load(address, in, sizeof(tile), barrier);
-  }
-  ptx::mbarrier_wait(barrier, 0);
-  tile[threadIdx.x] *= 2.0f;
+  tile[threadIdx.x] = 2.0f * in[threadIdx.x];
   ptx::fence_async_proxy();
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -73,17 +61,6 @@ __device__ void copy_bytes(const float* in, float* out) {
     ptx::bulk_commit();
     ptx::bulk_wait_read<0>();
   }
-}
-
-// in: one row of registers after the other, of one warp; out: four 8 × 16-byte matrices.
-template <class Store>
-__device__ void store_matrices(const uint32_t* in, uint32_t* out, Store store) {
-  __shared__ alignas(16) uint32_t tile[128];
-  uint32_t r[4];
-  for (int i = 0; i < 4; ++i) r[i] = in[32 * i + threadIdx.x];
-  store(ptx::shared_address(tile) + 16 * threadIdx.x, r);
-  __syncwarp();
-  for (int i = 0; i < 4; ++i) out[32 * i + threadIdx.x] = tile[32 * i + threadIdx.x];
 }
 
 // a, b: tiles as they lie in shared memory, kSpan / 2 long along K; with kFromRegisters, a is row by row. d: [64, kN].
@@ -140,22 +117,19 @@ __device__ void multiply(const uint32_t* a, const uint32_t* b, float* d) {
 KERNEL(kThreads, tma_store)
 (const int32_t* at, const float*, float*, const __grid_constant__ TensorMap source,
  const __grid_constant__ TensorMap target) {
-  copy_box<false>(at, source, target);
-}
-KERNEL(kThreads, tma_add)
-(const int32_t* at, const float*, float*, const __grid_constant__ TensorMap source,
- const __grid_constant__ TensorMap target) {
-  copy_box<true>(at, source, target);
+  copy_box(at, source, target);
 }
 KERNEL(kThreads, bulk_store)(const float* in, float* out) { copy_bytes<false>(in, out); }
 KERNEL(kThreads, bulk_add)(const float* in, float* out) { copy_bytes<true>(in, out); }
+// in: one row of registers after the other; out: four 8 × 16-byte matrices.
 KERNEL(32, stmatrix)(const uint32_t* in, uint32_t* out) {
-  store_matrices(in, out, [](uint32_t address, const auto& r) { ptx::stmatrix_x4(address, r); });
+  __shared__ alignas(16) uint32_t tile[128];
+  uint32_t r[4];
+  for (int i = 0; i < 4; ++i) r[i] = in[32 * i + threadIdx.x];
+  ptx::stmatrix_x4(ptx::shared_address(tile) + 16 * threadIdx.x, r);
+  __syncwarp();
+  for (int i = 0; i < 4; ++i) out[32 * i + threadIdx.x] = tile[32 * i + threadIdx.x];
 }
-KERNEL(32, stmatrix_transposed)(const uint32_t* in, uint32_t* out) {
-  store_matrices(in, out, [](uint32_t address, const auto& r) { ptx::stmatrix_x4_transposed(address, r); });
-}
-KERNEL(32, elect_one)(uint32_t* out) { out[threadIdx.x] = ptx::elect_one(); }
 // The first two warps hand values to the last two and do not wait for them.
 KERNEL(kThreads, named_barriers)(const uint32_t* in, uint32_t* out) {
   __shared__ uint32_t values[64];

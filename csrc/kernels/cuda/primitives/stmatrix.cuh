@@ -12,10 +12,4 @@ __device__ inline void stmatrix_x4(uint32_t shared_address, const uint32_t (&r)[
                : "memory");
 }
 
-__device__ inline void stmatrix_x4_transposed(uint32_t shared_address, const uint32_t (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address), "r"(r[0]),
-               "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
-
 }  // namespace anchor_attention::ptx

@@ -36,21 +36,7 @@ __device__ inline void tma_store(const TensorMap& map, const Coordinates& at, ui
                : "memory");
 }
 
-// Adds a box to a rank-4 tensor of the map's type, in the current bulk group of this thread.
-__device__ inline void tma_add(const TensorMap& map, const Coordinates& at, uint32_t shared) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%1,%2,%3,%4}], [%5];" ::"l"(&map),
-      "r"(at.channel), "r"(at.token), "r"(at.head), "r"(at.batch), "r"(shared)
-      : "memory");
-}
-
 // Neighbouring bytes; both addresses and the count are multiples of 16.
-__device__ inline void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
-               "l"(global), "r"(bytes), "r"(barrier)
-               : "memory");
-}
-
 __device__ inline void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes)
                : "memory");

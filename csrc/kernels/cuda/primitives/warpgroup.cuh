@@ -1,4 +1,4 @@
-// Roles of warps: registers by warpgroup, one thread of a warp, barriers among some threads of a block (sm_90).
+// Roles of warps: registers by warpgroup, barriers among some threads of a block (sm_90).
 #pragma once
 
 #include <cstdint>
@@ -16,13 +16,6 @@ template <int kRegisters>
 __device__ inline void acquire_registers() {
   static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "setmaxnreg takes multiples of 8");
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-// True in one lane of a converged warp.
-__device__ inline bool elect_one() {
-  uint32_t elected;
-  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
-  return elected != 0;
 }
 
 // Barrier `id`, 1 … 15, of `threads` threads, those that arrive without waiting included.
