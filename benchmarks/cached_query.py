@@ -29,7 +29,7 @@ from anchor_attention.benchmark.timing import quartiles
 from anchor_attention.modules import CrossAnchorAttention, JointAnchorAttention, RopeFrequency, SelfAnchorAttention
 from anchor_attention.streaming import Cache, record, replay, stream
 
-from .machine import cpu_name, environment, results_folder
+from .machine import environment, results_folder
 
 BRANCHES = ("surface", "volume")
 MEMORY_QUERIES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
@@ -236,7 +236,7 @@ def main() -> None:
         "blocks": arguments.blocks,
         "memory_chunk": arguments.memory_chunk,
     }
-    folder = arguments.results or results_folder(cpu_name())
+    folder = arguments.results or results_folder()
     folder.mkdir(parents=True, exist_ok=True)
     report(folder, about, speed, peaks)
 

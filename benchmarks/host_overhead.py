@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
         "calls": options.calls,
         "microseconds": {name: [round(value, 3) for value in values] for name, values in microseconds.items()},
     }
-    folder = options.out or results_folder(machine["device"])
+    folder = options.out or results_folder()
     folder.mkdir(parents=True, exist_ok=True)
     raw = json.dumps(results, indent=1)
     (folder / f"{NAME}.json").write_text(raw + "\n")

@@ -21,6 +21,8 @@ import anchor_attention
 from anchor_attention.benchmark import NotSupportedError, interleave
 from anchor_attention.benchmark.timing import quartiles
 
+from .instruction_sets import PINS, observed
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 REGISTER_SOURCE = Path(__file__).with_name("register_ceiling.cpp")
@@ -41,9 +43,14 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def results_folder(device_name: str) -> Path:
-    """Where the results of a device live."""
-    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+def results_folder() -> Path:
+    """Where the results of this processor on the instruction set in use live.
+
+    Virtual machines name very different processors alike: family and model tell them apart.
+    """
+    name = " ".join((cpu_name(), _cpuinfo_line("cpu family"), _cpuinfo_line("model\t")))
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return RESULTS / slug / anchor_attention.cpu_instruction_sets().selected
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -62,8 +69,13 @@ def environment(threads: int) -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "anchor_attention": anchor_attention.__version__,
         "instruction_sets": anchor_attention.cpu_instruction_sets()._asdict(),
+        "libraries": observed(),
         "commit": _commit(),
-        "settings": {name: value for name, value in os.environ.items() if name.startswith("ANCHOR_ATTENTION_")},
+        "settings": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith("ANCHOR_ATTENTION_") or name in PINS["baseline"]
+        },
     }
 
 

@@ -52,8 +52,9 @@ def table(folder: Path) -> str:
     for dtype in ("float32", "bfloat16"):
         records = [record for record in cases or () if (record["level"], record["dtype"]) == (MODULE, dtype)]
         rows += [_module_row(dtype, peer, records) for peer in PEERS if records]
+    family, model, _ = environment["family_model_stepping"]
     head = (
-        f"**{environment['device']}**, {environment['threads']} threads, kernels for "
+        f"**{environment['device']}** (family {family}, model {model}), {environment['threads']} threads, kernels for "
         f"`{environment['instruction_sets']['selected']}`, torch {environment['torch']} "
         f"([raw](benchmarks/results/{folder.relative_to(RESULTS)}))"
     )

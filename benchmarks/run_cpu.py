@@ -1,13 +1,15 @@
 """The CPU suite: ``python -m benchmarks.run_cpu``.
 
-Writes raw times, the environment, the table and the plots to benchmarks/results/<processor>/. Every finished case is on
-disk at once, so that an interrupted run leaves what it measured.
+Runs once for every instruction set of the machine, ours and torch's held to it, and writes raw times, the environment,
+the table and the plots to benchmarks/results/<processor>/<instruction set>/. Every finished case is on disk at once, so
+that an interrupted run leaves what it measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from anchor_attention.benchmark import NotSupportedError
 from anchor_attention.benchmark.peers import OURS
 
 from .cases import DTYPES, LEVELS, Case, relative_errors, time_case
-from .machine import ROOT, ceilings, cpu_name, environment, results_folder
+from .instruction_sets import PINS, is_pinned, measured_sets, run_pinned
+from .machine import ROOT, ceilings, environment, results_folder
 from .memory import peak_above_inputs
 from .report import CASES, CEILINGS, ENVIRONMENT, SCALING, load, write_report
 from .scaling import QUERY_COUNTS, time_against_queries, time_against_threads
@@ -77,7 +80,7 @@ def run_case(case: Case, rounds: int, threads: int, in_depth: bool = True) -> di
 def run(arguments: argparse.Namespace) -> Path:
     """Runs the suite and returns the folder of its results."""
     torch.set_num_threads(arguments.threads)
-    folder = arguments.out or (ROOT / "build" / "bench-quick" if arguments.quick else results_folder(cpu_name()))
+    folder = arguments.out or (ROOT / "build" / "bench-quick" if arguments.quick else results_folder())
     folder.mkdir(parents=True, exist_ok=True)
     rounds = QUICK_ROUNDS if arguments.quick else arguments.rounds
     cases = suite(arguments)
@@ -140,12 +143,28 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--rounds", type=int, default=ROUNDS)
     result.add_argument("--threads", type=int, default=2)
     result.add_argument("--out", type=Path, default=None, help="folder of the results")
+    result.add_argument(
+        "--sets", nargs="+", default=[], choices=PINS, metavar="SET", help="instruction sets; all but baseline"
+    )
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; see ``--help``."""
-    folder = run(parser().parse_args(argv))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser().parse_args(argv)
+    if arguments.quick and not arguments.sets:
+        sets: tuple[str, ...] = measured_sets()[:1]
+    else:
+        sets = tuple(arguments.sets) or measured_sets()
+    if len(sets) > 1 and arguments.out is not None:
+        raise SystemExit(f"--out is one folder, but {', '.join(sets)} are to be measured: name one with --sets")
+    if not (len(sets) == 1 and is_pinned(sets[0])):
+        for name in sets:
+            print(f"{name}:", flush=True)
+            run_pinned(name, ["-m", "benchmarks.run_cpu", *argv, "--sets", name])
+        return
+    folder = run(arguments)
     print(f"{folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 

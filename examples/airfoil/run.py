@@ -1,7 +1,7 @@
 """Learns the flow around airfoils with an anchored-branch transformer and predicts it on unseen ones.
 
-    python examples/airfoil/run.py            trains for about two and a half minutes
-    python examples/airfoil/run.py --full     trains longer
+    python examples/airfoil/run.py            1,500 steps of training, five minutes at most
+    python examples/airfoil/run.py --full     4,500 steps of a larger model, an hour at most
 
 The data set is shipped; ``make_dataset.py`` makes it again. An interrupted training continues where it stopped.
 """
@@ -29,8 +29,8 @@ PICTURE_QUANTILES = {"best": 0.0, "median": 0.5, "hard": 0.9, "worst": 1.0}
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="the long training, of a larger model")
-    parser.add_argument("--seconds", type=float, help="wall-clock seconds of training")
-    parser.add_argument("--steps", type=int, help="train for a number of steps instead: reproducible on any machine")
+    parser.add_argument("--seconds", type=float, help="wall-clock seconds of training, however many steps")
+    parser.add_argument("--steps", type=int, help="steps of training, however long: reproducible on a machine")
     # A batch is too small for many threads: two made 18.0 steps/s where one made 13.3, but 1.1 instead of 8.6 as soon
     # as other programs wanted the cores.
     parser.add_argument("--threads", type=int, default=1, help="threads of the training; the rest uses all cores")
@@ -149,11 +149,14 @@ def main() -> None:
     require_packages()
     # Set before PyTorch is loaded: threads that spin while they wait are slow on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import comparison
     import dataset
     import evaluation
     import torch
     from model import ModelConfig
     from training import Trainer, TrainingConfig
+
+    import anchor_attention
 
     started = time.monotonic()
     torch.set_num_threads(arguments.threads)
@@ -168,7 +171,7 @@ def main() -> None:
     if arguments.steps is not None:
         config = replace(config, steps=arguments.steps, seconds=arguments.seconds)
     elif arguments.seconds is not None:
-        config = replace(config, seconds=arguments.seconds)
+        config = replace(config, seconds=arguments.seconds, steps=None)
     checkpoint = arguments.output / "checkpoint.pt"
     if arguments.restart:
         checkpoint.unlink(missing_ok=True)
@@ -207,10 +210,19 @@ def main() -> None:
         "training_threads": arguments.threads,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
+        "processor": comparison.processor(),
+        "instruction_set": anchor_attention.cpu_instruction_sets().selected,
         "total_seconds": time.monotonic() - started,
     }
     (arguments.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     report(metrics, arguments.output)
+    print(comparison.verdict(metrics, comparison.committed(mode)))
+    if not arguments.full:
+        longer = comparison.errors_of(comparison.committed("full"))
+        print(
+            f"More time: --full reached pressure {longer['pressure']:.1%} and velocity {longer['velocity']:.1%} "
+            f"in {comparison.committed('full')['training']['seconds'] / 60:.0f} minutes where it was made."
+        )
 
 
 def report(metrics: dict[str, Any], output: Path) -> None:

@@ -14,6 +14,7 @@ import dataset
 import torch
 from dataset import Cases, Shapes
 from model import AirfoilModel, ModelConfig
+from muon import Muon
 from torch import Tensor, nn
 
 
@@ -22,8 +23,10 @@ class TrainingConfig:
     """How to train.
 
     Args:
-        seconds: Wall-clock time of training, or ``None`` for no limit. The learning rate follows it.
-        steps: Number of steps, or ``None`` for no limit; one of the two is needed.
+        seconds: Wall-clock time of training at most, or ``None`` for no limit.
+        steps: Number of steps at most, or ``None`` for no limit; one of the two is needed. The learning rate follows
+            whichever of the two is nearer to its end: a machine that is too slow for the steps ends with a smaller
+            training, not with an unfinished one.
         batch_size: Cases per step.
         surface_anchors: Anchors among the contour points; as many others are queries.
         volume_anchors: Anchors among the volume points; as many others are queries.
@@ -35,8 +38,8 @@ class TrainingConfig:
         seed: Seed of initialisation and batches.
     """
 
-    seconds: float | None = 150.0
-    steps: int | None = None
+    seconds: float | None = 300.0
+    steps: int | None = 1500
     batch_size: int = 4
     surface_anchors: int = 48
     volume_anchors: int = 64
@@ -54,7 +57,7 @@ class TrainingConfig:
     @classmethod
     def full(cls) -> TrainingConfig:
         """The long training."""
-        return cls(seconds=1800.0, mirror=True)
+        return cls(seconds=3600.0, steps=4500, mirror=True)
 
     def progress(self, step: int, seconds: float) -> float:
         """Share of the training that is done, at most 1."""
@@ -147,8 +150,8 @@ class Trainer:
         others = [p for p in self.model.parameters() if p not in matrices]
         ordered = [p for p in self.model.parameters() if p in matrices]
         self.optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(ordered, lr=config.learning_rate, weight_decay=config.weight_decay),
-            torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+            Muon(ordered, lr=config.learning_rate, weight_decay=config.weight_decay),
+            torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
         ]
         self.peaks = (config.learning_rate, config.adam_learning_rate)
         if checkpoint is not None and checkpoint.exists():

@@ -5,23 +5,33 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks import machine, readme, report, run_cpu
+from benchmarks import instruction_sets, machine, readme, report, run_cpu
 from benchmarks.cases import MODULE, OPERATION, Case, make_contest, relative_errors, time_case
 from benchmarks.inputs import make_module, make_module_inputs, real_tokens, scores_per_head
 from benchmarks.memory import peak_above_inputs
 from benchmarks.peers import MODULE_PEERS, module_contestant
 from benchmarks.workloads import CPU, GPU, MODULES, Branch, Workload, by_name, shrink
 
+import anchor_attention
 from anchor_attention import KeyRangeTable, TokenSpec
-from anchor_attention.benchmark import NotSupportedError, interleave, make_operation_inputs, prepare_peer, ratios
+from anchor_attention.benchmark import (
+    NotSupportedError,
+    interleave,
+    make_operation_inputs,
+    prepare_peer,
+    ratios,
+    timing,
+)
 from anchor_attention.benchmark.__main__ import main as benchmark_main
-from anchor_attention.benchmark.__main__ import parse_groups, parse_ranges
+from anchor_attention.benchmark.__main__ import parse_groups, parse_ranges, verdict
 from anchor_attention.benchmark.operation import FORWARD, FORWARD_BACKWARD, PASSES, operation_contestant
 from anchor_attention.benchmark.peers import OURS, PEERS
 
@@ -383,6 +393,8 @@ def test_command_line_times_a_shape(tmp_path: Path, capsys: pytest.CaptureFixtur
     benchmark_main([*shape, *peers, "--pass", FORWARD_BACKWARD, "--rounds", "3", "--json", str(target)])
     printed = capsys.readouterr().out
     assert "flex_attention       not measured: no backward on the CPU" in printed
+    assert f"kernels for {anchor_attention.cpu_instruction_sets().selected}" in printed
+    assert re.search(r"(won: .* times as long|A draw between)", printed.splitlines()[-1])
     records = {r["name"]: r for r in json.loads(target.read_text())}
     assert list(records) == [OURS, "eager", "dense_mask", "flex_attention"]
     for name in (OURS, "eager", "dense_mask"):
@@ -393,3 +405,38 @@ def test_command_line_times_a_shape(tmp_path: Path, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         benchmark_main([*shape, "--ranges", "0-1:0-1"])
     assert "either --group and --attend, or --ranges" in capsys.readouterr().err
+
+
+def test_the_verdict_names_the_winner() -> None:
+    def record(name: str, *ratios: float) -> dict[str, object]:
+        return {"name": name, "time_relative_to_ours": timing.Quartiles(*ratios)}
+
+    ours = record(OURS, 1.0, 1.0, 1.0)
+    won = verdict([ours, record("eager", 2.0, 2.5, 3.0), record("dense_mask", 1.5, 1.75, 2.0)])
+    assert won == f"{OURS} won: dense_mask, the fastest peer, takes 1.75 times as long."
+    lost = verdict([ours, record("eager", 2.0, 2.5, 3.0), record("dense_mask", 0.4, 0.5, 0.6)])
+    assert lost == f"dense_mask won: {OURS} takes 2.00 times as long."
+    assert "A draw" in verdict([ours, record("eager", 0.9, 1.1, 1.2)])
+    assert "Nobody" in verdict([ours, {"name": "eager", "not_supported": "x"}])
+
+
+def test_every_instruction_set_is_pinned_in_all_libraries() -> None:
+    sets = anchor_attention.cpu_instruction_sets()
+    assert set(sets.compiled) <= set(instruction_sets.PINS)
+    assert set(sets.runnable) - set(instruction_sets.NOT_BY_DEFAULT) == set(instruction_sets.measured_sets())
+    for name in sets.runnable:
+        report = (
+            "from benchmarks.instruction_sets import *; import json; print(json.dumps([is_pinned(%r), observed()]))"
+        )
+        ran = subprocess.run(
+            [sys.executable, "-c", report % name],
+            env=instruction_sets.pinned_environment(name),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        pinned, seen = json.loads(ran.stdout)
+        assert pinned and seen["anchor_attention"] == name
+        assert seen["torch"] == instruction_sets.CAPABILITIES[instruction_sets.PINS[name]["ATEN_CPU_CAPABILITY"]]
+    with pytest.raises(ValueError, match="'sse'"):
+        instruction_sets.pinned_environment("sse")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .._library import cpu_instruction_sets
 from ..key_range_table import KeyRangeTable
 from ..patterns import AttentionPattern, TokenSpec
 from .operation import FORWARD, PASSES, attention_flops, make_operation_inputs, operation_contestant
@@ -138,6 +139,23 @@ def lines(records: Sequence[dict[str, Any]]) -> list[str]:
     return out
 
 
+def verdict(records: Sequence[dict[str, Any]]) -> str:
+    """Who won, in words: ours against the fastest peer, by the median of the ratios within a round."""
+    by_time = {
+        record["name"]: record["time_relative_to_ours"] for record in records if "time_relative_to_ours" in record
+    }
+    by_time.pop(OURS)
+    if not by_time:
+        return "Nobody to compare with took part."
+    best = min(by_time, key=lambda name: by_time[name].median)
+    lower, median, upper = by_time[best]
+    if lower <= 1 <= upper:
+        return f"A draw between {OURS} and {best}: the ratio's quartiles, {lower:.2f} and {upper:.2f}, lie around 1."
+    if median > 1:
+        return f"{OURS} won: {best}, the fastest peer, takes {median:.2f} times as long."
+    return f"{best} won: {OURS} takes {1 / median:.2f} times as long."
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
@@ -175,9 +193,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         shape = parse_ranges(arguments.ranges) if arguments.ranges else parse_groups(arguments.group, arguments.attend)
     except ValueError as error:
         command.error(str(error))
-    print(f"{shape.table}\n{arguments.dtype}, {arguments.passes}, {torch.get_num_threads()} threads")
+    kernels = f", kernels for {cpu_instruction_sets().selected}" if arguments.device == "cpu" else ""
+    print(f"{shape.table}\n{arguments.dtype}, {arguments.passes}, {torch.get_num_threads()} threads{kernels}")
     records = measure(arguments, shape)
-    print("\n".join(lines(records)))
+    print("\n".join([*lines(records), verdict(records)]))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(records, indent=1))
 
