@@ -1,5 +1,7 @@
 // Drives the CPU kernels over random problems on std::thread, for sanitizer builds: every byte that they touch lies in
 // a buffer of just the right size. Also checks that rows with keys come out finite and gradients repeat bit for bit.
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <complex>
 #include <cstdio>
@@ -132,6 +134,20 @@ void drive(ScalarType dtype) {
       first[i] = grads[i];
     }
   }
+
+  // A call that is cancelled before its first piece of work writes nothing, and one that is cancelled on the way returns.
+  std::atomic<int64_t> polls{0};
+  cpu::Executor impatient = executor;
+  impatient.cancelled = [&] { return ++polls > 0; };
+  const std::vector<char> finished = out;
+  std::fill(out.begin(), out.end(), char(0x55));
+  cpu::attention(p, impatient, split);
+  if (out != std::vector<char>(out.size(), char(0x55)) || polls == 0) fail("a cancelled call went on");
+  const int64_t patience = random_between(0, 3);
+  impatient.cancelled = [&] { return ++polls > patience; };
+  polls = 0;
+  cpu::attention(p, impatient, split);
+  out = finished;
 
   std::vector<char> rotated(q.size()), grad_x(q.size()), grad_freqs(freqs.size());
   RopeParams r{q.data(), freqs.data(), rotated.data(), p.q_strides, {0, head_dim / 2},

@@ -12,6 +12,11 @@ namespace anchor_attention::cpu {
 struct Executor {
   int64_t threads;
   std::function<void(int64_t n, const std::function<void(int64_t)>& task)> run;
+  // Asked from every thread before each piece of work, some milliseconds long at most in common shapes. Once it says
+  // true it must keep saying so: the call returns early, and what it has written is to be thrown away. May be empty.
+  std::function<bool()> cancelled = {};
+
+  bool stops() const { return cancelled && cancelled(); }
 };
 
 // `allow_split_float32`: products of float32 may be formed from those of bfloat16 parts, where that is faster.

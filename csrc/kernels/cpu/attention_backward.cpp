@@ -105,7 +105,7 @@ class Backward {
 
   void run() {
     const std::vector<int64_t> bounds = group_planes(p_, schedule_, kernels_.backward_tile_queries(p_.dtype), threads_);
-    for (size_t i = 0; i + 1 < bounds.size(); ++i) {
+    for (size_t i = 0; i + 1 < bounds.size() && !executor_.stops(); ++i) {
       planes_ = {bounds[i], bounds[i + 1]};
       begin_group();
       for (int64_t phase = 0; phase < threads_; ++phase) run_phase(phase);
@@ -168,7 +168,7 @@ class Backward {
   void run_phase(int64_t phase) {
     executor_.run(threads_, [&](int64_t thread) {
       const int64_t slice = (thread + phase) % threads_;
-      for (int64_t i = tile_bounds_[thread]; i < tile_bounds_[thread + 1]; ++i) {
+      for (int64_t i = tile_bounds_[thread]; i < tile_bounds_[thread + 1] && !executor_.stops(); ++i) {
         const Tile& tile = tiles_[i];
         const KeyRangeTableView table = schedule_.keys(tile.batch).table.view();
         const std::vector<int32_t>& bounds = key_bounds_[schedule_.layout(tile.batch)];

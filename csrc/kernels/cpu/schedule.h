@@ -81,12 +81,12 @@ class Schedule {
   std::vector<int64_t> first_rows_;  // of each plane, and behind the last one
 };
 
-// Runs body(task, thread) for every task, each thread taking the next one.
+// Runs body(task, thread) for every task, each thread taking the next one, until the call is cancelled.
 template <typename Body>
 void for_each_task(const Executor& executor, int64_t threads, int64_t n_tasks, const Body& body) {
   std::atomic<int64_t> next{0};
   executor.run(std::min(threads, n_tasks), [&](int64_t thread) {
-    for (int64_t task = next++; task < n_tasks; task = next++) body(task, thread);
+    for (int64_t task = next++; task < n_tasks && !executor.stops(); task = next++) body(task, thread);
   });
 }
 
