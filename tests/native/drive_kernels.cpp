@@ -135,7 +135,7 @@ void drive(ScalarType dtype) {
     }
   }
 
-  // A call that is cancelled before its first piece of work writes nothing, and one that is cancelled on the way returns.
+  // A call that is cancelled before its first piece of work writes nothing; one that is cancelled on the way returns.
   std::atomic<int64_t> polls{0};
   cpu::Executor impatient = executor;
   impatient.cancelled = [&] { return ++polls > 0; };
