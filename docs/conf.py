@@ -1,5 +1,6 @@
 """Configuration of the documentation site: ``make docs``. Nothing is fetched, when it is built or when it is read."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def drop_absent_pages(app: Any, docname: str, source: list[str]) -> None:
     """Takes lines like ``wheels*`` out of the contents if no page has such a name: Sphinx would warn."""
     folder = Path(app.srcdir)
     lines = source[0].splitlines()
-    source[0] = "\n".join(line for line in lines if not line.endswith("*") or any(folder.glob(f"{line}.md")))
+    source[0] = "\n".join(
+        line for line in lines if not re.fullmatch(r"[\w-]+\*", line) or any(folder.glob(f"{line}.md"))
+    )
 
 
 def setup(app: Any) -> None:
