@@ -62,7 +62,15 @@ class PlatformWheel(bdist_wheel):
         super().run()
 
 
+def project_urls() -> dict[str, str]:
+    """Of the repository that ANCHOR_ATTENTION_URL names, as the release workflow does: a fork's wheel names the fork."""
+    home = os.environ.get("ANCHOR_ATTENTION_URL", "").rstrip("/")
+    pages = {"Repository": "", "Issues": "/issues", "Changelog": "/blob/main/CHANGELOG.md"}
+    return {name: home + page for name, page in pages.items()} if home else {}
+
+
 setup(
+    project_urls=project_urls(),
     ext_modules=[Extension("anchor_attention.libanchor_attention", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
 )
