@@ -63,7 +63,7 @@ class PlatformWheel(bdist_wheel):
 
 
 def project_urls() -> dict[str, str]:
-    """Of the repository that ANCHOR_ATTENTION_URL names, as the release workflow does: a fork's wheel names the fork."""
+    """Of the repository that ANCHOR_ATTENTION_URL names, as the workflow does: a fork's wheel names the fork."""
     home = os.environ.get("ANCHOR_ATTENTION_URL", "").rstrip("/")
     pages = {"Repository": "", "Issues": "/issues", "Changelog": "/blob/main/CHANGELOG.md"}
     return {name: home + page for name, page in pages.items()} if home else {}

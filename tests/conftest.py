@@ -1,12 +1,13 @@
 """What every test shares: markers and what they mean, threads of parallel workers, and the list of what a run left out.
 
-A test that cannot run here is skipped with a reason. Tests marked `slow` are deselected by `make test` (with
-`-m "not slow"`). The summary at the end of a run counts both, by reason.
+A test that cannot run here is skipped with a reason, and so is one that would begin after `--budget`. Tests marked
+`slow` are deselected by `make test` (with `-m "not slow"`). The summary at the end of a run counts all of them.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 SLOW = "slow, run by `make test-slow`"
 _deselected: Counter[str] = Counter()
+_started = time.monotonic()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by them
@@ -38,6 +40,16 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
             item.add_marker(pytest.mark.emulator)
         if not has_nvcc and item.get_closest_marker("needs_nvcc") is not None:
             item.add_marker(pytest.mark.skip(reason=MISSING))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--budget", type=float, metavar="SECONDS", help="tests that begin later are skipped, and counted")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    budget = item.config.getoption("--budget")
+    if budget is not None and time.monotonic() - _started > budget:
+        pytest.skip(f"not begun within the budget of {budget:g} s")
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:

@@ -128,7 +128,7 @@ def test_make_targets_that_a_text_names_exist(page: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
     path = ROOT / page
     text = "\n".join(p.read_text() for p in path.glob("*.md")) if path.is_dir() else path.read_text()
-    commands = re.findall(r"(?m)(?:^|`|run: |&& |[A-Z]+=\S+ )make ((?:[a-z0-9][a-z0-9-]*[ \t]*)+)", text)
+    commands = re.findall(r"(?m)(?:(?:^|`|run: |&& |[A-Z]+=\S+ )make|^stage) ((?:[a-z0-9][a-z0-9-]*[ \t]*)+)", text)
     targets = {name for command in commands for name in command.split()}
     assert targets
     for name in targets:
