@@ -42,8 +42,8 @@ struct BackwardScratch {
   T* q_rows;                  // [tile_queries, padded_head_dim], rotated
   T* grad_out_rows;           // [tile_queries, padded_head_dim]
   T* grad_q_rows;             // [tile_queries, padded_head_dim]
-  Operand* q_panel;           // [operands of head_dim, tile_queries]
-  Operand* grad_out_panel;    // [operands of head_dim, tile_queries]
+  Operand* q_panel;           // [strips, operands of head_dim, strip_columns]
+  Operand* grad_out_panel;    // [strips, operands of head_dim, strip_columns]
   Operand* q_stack;           // [operands of queries, padded_head_dim]
   Operand* grad_out_stack;    // [operands of queries, padded_head_dim]
   T* probabilities;           // [chunk_keys, tile_queries]
@@ -155,8 +155,9 @@ void backward_tile_of(const BackwardTile& tile) {
 
   const int64_t row_operands = padded / kDepth<Operand>;
   const int64_t query_operands = operands<Operand>(tile.n_queries);
-  const Rows<Operand> q_panel{s.q_panel, kTileQueries<T>};
-  const Rows<Operand> grad_out_panel{s.grad_out_panel, kTileQueries<T>};
+  const int64_t panel_strip = operands<Operand>(f.head_dim) * kStripColumns<T>;
+  const Rows<Operand> q_panel{s.q_panel, kStripColumns<T>, panel_strip};
+  const Rows<Operand> grad_out_panel{s.grad_out_panel, kStripColumns<T>, panel_strip};
   const Broadcast<Operand> probabilities{s.probability_rows, s.kRowOperands, 1};
   const Broadcast<Operand> grad_scores{s.grad_score_rows, s.kRowOperands, 1};
   const Broadcast<Operand> grad_scores_transposed{s.grad_score_stack, 1, kTileQueries<T>};

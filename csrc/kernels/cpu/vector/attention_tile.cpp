@@ -10,64 +10,63 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
+// Panels lie strip by strip: [strips, ·, strip_columns].
 template <typename Operand, typename T = Sum<Operand>>
 struct ForwardScratch {
   ForwardScratch(void* base, int64_t head_dim) : scratch(base) {
     const int64_t padded = round_up_to_lanes<T>(head_dim);
-    rows = scratch.take<T>(kTileQueries<T> * padded);
     q_panel = scratch.take<Operand>(operands<Operand>(head_dim) * kTileQueries<T>);
     out_panel = scratch.take<T>(head_dim * kTileQueries<T>);
-    scores = scratch.take<T>(kChunkKeys * kTileQueries<T>);
+    scores = scratch.take<T>(kChunkKeys * kStripColumns<T>);
+    chunk_max = scratch.take<T>(kStripColumns<T>);
+    correction = scratch.take<T>(kStripColumns<T>);
     row_max = scratch.take<T>(kTileQueries<T>);
-    chunk_max = scratch.take<T>(kTileQueries<T>);
     row_sum = scratch.take<T>(kTileQueries<T>);
-    correction = scratch.take<T>(kTileQueries<T>);
+    rows = scratch.take<T>(kTileQueries<T> * padded);
   }
 
   Scratch scratch;
+  Operand* q_panel;  // [strips, operands of head_dim, strip_columns]
+  T* out_panel;      // [strips, head_dim, strip_columns], not yet divided by row_sum
+  T* scores;         // [chunk_keys, strip_columns], without scale; then probabilities [operands of keys, strip_columns]
+  T* chunk_max;      // [strip_columns]
+  T* correction;     // [strip_columns], what the earlier sums are multiplied by
+  T* row_max;        // [tile_queries], in units of log 2
+  T* row_sum;        // [tile_queries]
   T* rows;           // [tile_queries, padded_head_dim]
-  Operand* q_panel;  // [operands of head_dim, tile_queries]
-  T* out_panel;      // [head_dim, tile_queries], not yet divided by row_sum
-  T* scores;      // [chunk_keys, tile_queries], in units of log 2; then probabilities [operands of keys, tile_queries]
-  T* row_max;     // [tile_queries]
-  T* chunk_max;   // [tile_queries]
-  T* row_sum;     // [tile_queries]
-  T* correction;  // [tile_queries], what the earlier sums are multiplied by
 };
 
-// Multiplies scores by a factor, stores them and keeps the maximum of every column.
+// Stores scores and keeps the maximum of every column.
 template <typename T>
 struct StoreScores {
   T* scores;
   T* chunk_max;
-  T factor;
 
   template <int kRows, int kVectors>
-  ANCHOR_ATTENTION_INLINE void operator()(const Block<kRows, kVectors, T>& block, int64_t row, int64_t column) const {
+  ANCHOR_ATTENTION_INLINE void operator()(const Block<kRows, kVectors, T>& block, int64_t row, int64_t) const {
+    T* out = scores + row * kStripColumns<T>;
     for (int j = 0; j < kVectors; ++j) {
-      T* max_of_column = chunk_max + column + j * kLanes<T>;
-      Vector<T> max = load(max_of_column);
+      Vector<T> max = load(chunk_max + j * kLanes<T>);
       for (int i = 0; i < kRows; ++i) {
-        const Vector<T> score = block.value[i][j] * factor;
-        max = maximum(score, max);
-        store(scores + (row + i) * kTileQueries<T> + column + j * kLanes<T>, score);
+        max = maximum(block.value[i][j], max);
+        store(out + i * kStripColumns<T> + j * kLanes<T>, block.value[i][j]);
       }
-      store(max_of_column, max);
+      store(chunk_max + j * kLanes<T>, max);
     }
   }
 };
 
 template <typename T>
 struct RescaleAndAdd {
-  T* out_panel;
+  T* out_strip;
   const T* correction;
 
   template <int kRows, int kVectors>
-  ANCHOR_ATTENTION_INLINE void operator()(const Block<kRows, kVectors, T>& block, int64_t row, int64_t column) const {
+  ANCHOR_ATTENTION_INLINE void operator()(const Block<kRows, kVectors, T>& block, int64_t row, int64_t) const {
     for (int j = 0; j < kVectors; ++j) {
-      const Vector<T> factor = load(correction + column + j * kLanes<T>);
+      const Vector<T> factor = load(correction + j * kLanes<T>);
       for (int i = 0; i < kRows; ++i) {
-        T* out = out_panel + (row + i) * kTileQueries<T> + column + j * kLanes<T>;
+        T* out = out_strip + (row + i) * kStripColumns<T> + j * kLanes<T>;
         store(out, load(out) * factor + block.value[i][j]);
       }
     }
@@ -75,34 +74,44 @@ struct RescaleAndAdd {
 };
 
 // Takes the chunk's maximum into the running one and turns scores into probabilities, relative to it. They overwrite
-// the scores: an operand lies no later than the first of its scores.
+// the scores: an operand lies no later than the first of its scores. factor ≥ 0.
 template <typename Operand, typename T = Sum<Operand>>
-ANCHOR_ATTENTION_INLINE void online_softmax(const ForwardScratch<Operand>& s, int64_t n_keys, int64_t columns) {
-  Operand* const probabilities = reinterpret_cast<Operand*>(s.scores);
-  for (int64_t column = 0; column < columns; column += kLanes<T>) {
-    const Vector<T> old_max = load(s.row_max + column);
-    const Vector<T> max = maximum(load(s.chunk_max + column), old_max);
+static ANCHOR_ATTENTION_NOINLINE void online_softmax(const ForwardScratch<Operand>& s, int64_t n_keys, int64_t vectors,
+                                                     int64_t strip_begin, T factor) {
+  constexpr int64_t kStride = kStripColumns<T>;
+  for (int64_t column = 0; column < vectors * kLanes<T>; column += kLanes<T>) {
+    const Vector<T> old_max = load(s.row_max + strip_begin + column);
+    const Vector<T> max = maximum(load(s.chunk_max + column) * factor, old_max);
     const Vector<T> correction = exp2(old_max - max);
     // The chunk is summed by itself: one long chain would round each small term at the size of the whole sum.
     Vector<T> sum{};
     const T* scores = s.scores + column;
+    Operand* probabilities = reinterpret_cast<Operand*>(s.scores) + column;
     if constexpr (kDepth<Operand> == 1) {
-      for (int64_t key = 0; key < n_keys; ++key) {
-        const Vector<T> probability = exp2(load(scores + key * kTileQueries<T>) - max);
-        store(probabilities + key * kTileQueries<T> + column, probability);
+      int64_t key = 0;
+      for (; key + 4 <= n_keys; key += 4) {
+        Vector<T> p[4];
+        for (int i = 0; i < 4; ++i) p[i] = load(scores + (key + i) * kStride) * factor - max;
+        for (int i = 0; i < 4; ++i) p[i] = exp2(p[i]);
+        for (int i = 0; i < 4; ++i) store(probabilities + (key + i) * kStride, p[i]);
+        sum += (p[0] + p[1]) + (p[2] + p[3]);
+      }
+      for (; key < n_keys; ++key) {
+        const Vector<T> probability = exp2(load(scores + key * kStride) * factor - max);
+        store(probabilities + key * kStride, probability);
         sum += probability;
       }
     } else {
       for (int64_t key = 0; key < n_keys; key += 2) {
-        const Vector<T> first = exp2(load(scores + key * kTileQueries<T>) - max);
+        const Vector<T> first = exp2(load(scores + key * kStride) * factor - max);
         Vector<T> second{};
-        if (key + 1 < n_keys) second = exp2(load(scores + (key + 1) * kTileQueries<T>) - max);
-        store(probabilities + key / 2 * kTileQueries<T> + column, pair_up(first, second));
+        if (key + 1 < n_keys) second = exp2(load(scores + (key + 1) * kStride) * factor - max);
+        store(probabilities + key / 2 * kStride, pair_up(first, second));
         sum += first + second;
       }
     }
-    store(s.row_max + column, max);
-    store(s.row_sum + column, load(s.row_sum + column) * correction + sum);
+    store(s.row_max + strip_begin + column, max);
+    store(s.row_sum + strip_begin + column, load(s.row_sum + strip_begin + column) * correction + sum);
     store(s.correction + column, correction);
   }
 }
@@ -118,8 +127,9 @@ ANCHOR_ATTENTION_INLINE void store_outputs(const ForwardTile& tile,
   for (int64_t i = 0; i < tile.n_queries; ++i) {
     // A sum of 0 says that every score was −inf: the output is 0, as without keys.
     const T inverse = s.row_sum[i] == 0 ? T(0) : 1 / s.row_sum[i];
+    const T* out_column = s.out_panel + i / kStripColumns<T> * kStripColumns<T> * p.head_dim + i % kStripColumns<T>;
     for (int64_t d = 0; d < p.head_dim; ++d) {
-      out[i * out_stride + d] = narrow<Storage>(s.out_panel[d * kTileQueries<T> + i] * inverse);
+      out[i * out_stride + d] = narrow<Storage>(out_column[d * kStripColumns<T>] * inverse);
     }
     lse[i] = static_cast<T>((s.row_max[i] + log2(s.row_sum[i])) * kLn2);
   }
@@ -132,9 +142,14 @@ void forward_tile_of(const ForwardTile& tile) {
   const int64_t padded = round_up_to_lanes<T>(p.head_dim);
   const int64_t columns = round_up_to_lanes<T>(tile.n_queries);
   const ForwardScratch<Operand> s(tile.scratch, p.head_dim);
-  const T factor = static_cast<T>(p.scale * kLog2E);
+  // The maximum is taken of unscaled scores, so the factor must not turn their order round: its sign goes into q.
+  const T signed_factor = static_cast<T>(p.scale * kLog2E);
+  const T factor = signed_factor < 0 ? -signed_factor : signed_factor;
 
   load_queries<Storage>(p, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.rows);
+  if (signed_factor < 0) {
+    for (int64_t i = 0; i < tile.n_queries * padded; ++i) s.rows[i] = -s.rows[i];
+  }
   to_panel(s.rows, tile.n_queries, padded, p.head_dim, s.q_panel);
   std::memset(s.out_panel, 0, p.head_dim * kTileQueries<T> * sizeof(T));
   // A finite start keeps −inf − (−inf) out of the exponent when every score so far is −inf.
@@ -144,20 +159,28 @@ void forward_tile_of(const ForwardTile& tile) {
     store(s.row_sum + column, Vector<T>{});
   }
 
+  constexpr int64_t kStrip = kStripColumns<T>;
   const int64_t k_stride = padded / kDepth<Operand>;
-  const Operand* const probabilities = reinterpret_cast<const Operand*>(s.scores);
+  const int64_t head_operands = operands<Operand>(p.head_dim);
+  const Rows<Operand> probabilities{reinterpret_cast<const Operand*>(s.scores), kStrip};
   for (int64_t r = 0; r < tile.n_key_ranges; ++r) {
     const int64_t range_end = tile.key_ranges[2 * r + 1];
     for (int64_t key = tile.key_ranges[2 * r]; key < range_end; key += kChunkKeys) {
       const int64_t n_keys = range_end - key < kChunkKeys ? range_end - key : kChunkKeys;
-      const Operand* k_rows = static_cast<const Operand*>(tile.k_rows) + key * k_stride;
-      const Operand* v_stack = static_cast<const Operand*>(tile.v_stack) + key / kDepth<Operand> * padded;
-      std::memcpy(s.chunk_max, s.row_max, columns * sizeof(T));
-      outer_product(n_keys, columns, operands<Operand>(p.head_dim), Broadcast<Operand>{k_rows, k_stride, 1},
-                    Rows<Operand>{s.q_panel, kTileQueries<T>}, StoreScores<T>{s.scores, s.chunk_max, factor});
-      online_softmax(s, n_keys, columns);
-      outer_product(p.head_dim, columns, operands<Operand>(n_keys), Broadcast<Operand>{v_stack, 1, padded},
-                    Rows<Operand>{probabilities, kTileQueries<T>}, RescaleAndAdd<T>{s.out_panel, s.correction});
+      const Broadcast<Operand> k_rows{static_cast<const Operand*>(tile.k_rows) + key * k_stride, k_stride, 1};
+      const Broadcast<Operand> v_columns{static_cast<const Operand*>(tile.v_stack) + key / kDepth<Operand> * padded, 1,
+                                         padded};
+      for (int64_t strip = 0; strip < columns; strip += kStrip) {
+        const int64_t vectors = (columns - strip < kStrip ? columns - strip : kStrip) / kLanes<T>;
+        for (int64_t column = 0; column < kStrip; column += kLanes<T>) {
+          store(s.chunk_max + column, splat(-kInfinity<T>));
+        }
+        strip_product(vectors, n_keys, head_operands, k_rows, Rows<Operand>{s.q_panel + strip * head_operands, kStrip},
+                      strip, StoreScores<T>{s.scores, s.chunk_max});
+        online_softmax(s, n_keys, vectors, strip, factor);
+        strip_product(vectors, p.head_dim, operands<Operand>(n_keys), v_columns, probabilities, strip,
+                      RescaleAndAdd<T>{s.out_panel + strip * p.head_dim, s.correction});
+      }
     }
   }
   store_outputs<Storage>(tile, s);

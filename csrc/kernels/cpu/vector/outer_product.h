@@ -11,6 +11,9 @@ namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 // would load more than it multiplies.
 constexpr int kBlockVectors = kRegisters == 32 ? 4 : 2;
 constexpr int kBlockRows = 6;
+// Steps of the summed axis in one turn of the loop: a step of 6 × 2 has 20 instructions, and those of the loop itself
+// would be three more in every step.
+constexpr int kUnroll = kRegisters == 32 ? 1 : 4;
 
 // A is read operand by operand: A(m, k) = a[m * row_stride + k * step_stride]. So it may be transposed at no cost.
 template <typename Operand>
@@ -20,11 +23,16 @@ struct Broadcast {
   int64_t step_stride;
 };
 
-// B is read in whole vectors: B(k, n) = b[k * step_stride + n].
+// Columns of a block: panels lie strip by strip, so that a block's operands are neighbours in the cache.
+template <typename T>
+constexpr int64_t kStripColumns = kBlockVectors * kLanes<T>;
+
+// B is read in whole vectors: B(k, n) = b[n / kStripColumns * strip_stride + k * step_stride + n % kStripColumns].
 template <typename Operand>
 struct Rows {
   const Operand* data;
   int64_t step_stride;
+  int64_t strip_stride = kStripColumns<Operand>;
 };
 
 template <int kRows, int kVectors, typename T>
@@ -40,6 +48,7 @@ ANCHOR_ATTENTION_INLINE Block<kRows, kVectors, Sum<Operand>> multiply(Broadcast<
   Vector<Sum<Operand>> sums[kRows][kVectors] = {};
   const Operand* a_step = a.data;
   const Operand* b_step = b.data;
+#pragma GCC unroll kUnroll
   for (int64_t k = 0; k < steps; ++k) {
     Vector<Operand> vectors[kVectors];
     for (int j = 0; j < kVectors; ++j) vectors[j] = load(b_step + j * kLanes<Operand>);
@@ -59,7 +68,7 @@ ANCHOR_ATTENTION_INLINE Block<kRows, kVectors, Sum<Operand>> multiply(Broadcast<
 
 template <int kRows, int kVectors, typename Operand, typename Epilogue>
 ANCHOR_ATTENTION_INLINE void row_block(int64_t rows, Broadcast<Operand> a, Rows<Operand> b, int64_t steps, int64_t row,
-                                       int64_t column, Epilogue& epilogue) {
+                                       int64_t column, const Epilogue& epilogue) {
   if (rows == kRows) {
     epilogue(multiply<kRows, kVectors>(a, b, steps), row, column);
   } else if constexpr (kRows > 1) {
@@ -67,33 +76,36 @@ ANCHOR_ATTENTION_INLINE void row_block(int64_t rows, Broadcast<Operand> a, Rows<
   }
 }
 
+// A function of its own: inside a larger one the compiler takes registers that the block needs for values of others.
 template <int kVectors, typename Operand, typename Epilogue>
-ANCHOR_ATTENTION_INLINE void column_block(int64_t vectors, int64_t rows, Broadcast<Operand> a, Rows<Operand> b,
-                                          int64_t steps, int64_t column, Epilogue& epilogue) {
+static ANCHOR_ATTENTION_NOINLINE void row_blocks(int64_t rows, Broadcast<Operand> a, Rows<Operand> b, int64_t steps,
+                                                 int64_t column, Epilogue epilogue) {
+  int64_t row = 0;
+  for (; row + kBlockRows <= rows; row += kBlockRows) {
+    epilogue(multiply<kBlockRows, kVectors>(a, b, steps), row, column);
+    a.data += kBlockRows * a.row_stride;
+  }
+  if (row < rows) row_block<kBlockRows - 1, kVectors>(rows - row, a, b, steps, row, column, epilogue);
+}
+
+// One strip of columns. Calls epilogue(block, row, column) for every block of C.
+template <int kVectors = kBlockVectors, typename Operand, typename Epilogue>
+ANCHOR_ATTENTION_INLINE void strip_product(int64_t vectors, int64_t rows, int64_t steps, Broadcast<Operand> a,
+                                           Rows<Operand> b, int64_t column, const Epilogue& epilogue) {
   if (vectors >= kVectors) {
-    int64_t row = 0;
-    for (; row + kBlockRows <= rows; row += kBlockRows) {
-      const Broadcast<Operand> a_rows{a.data + row * a.row_stride, a.row_stride, a.step_stride};
-      epilogue(multiply<kBlockRows, kVectors>(a_rows, b, steps), row, column);
-    }
-    if (row < rows) {
-      const Broadcast<Operand> a_rows{a.data + row * a.row_stride, a.row_stride, a.step_stride};
-      row_block<kBlockRows - 1, kVectors>(rows - row, a_rows, b, steps, row, column, epilogue);
-    }
+    row_blocks<kVectors>(rows, a, b, steps, column, epilogue);
   } else if constexpr (kVectors > 1) {
-    column_block<kVectors - 1>(vectors, rows, a, b, steps, column, epilogue);
+    strip_product<kVectors - 1>(vectors, rows, steps, a, b, column, epilogue);
   }
 }
 
-// Calls epilogue(block, row, column) for every block of C. `columns` is a multiple of the vector's lanes; `steps`
-// counts operands.
+// `columns` is a multiple of the vector's lanes; `steps` counts operands.
 template <typename Operand, typename Epilogue>
 ANCHOR_ATTENTION_INLINE void outer_product(int64_t rows, int64_t columns, int64_t steps, Broadcast<Operand> a,
-                                           Rows<Operand> b, Epilogue&& epilogue) {
-  constexpr int64_t kBlockColumns = kBlockVectors * kLanes<Operand>;
-  for (int64_t column = 0; column < columns; column += kBlockColumns) {
-    const Rows<Operand> b_columns{b.data + column, b.step_stride};
-    column_block<kBlockVectors>((columns - column) / kLanes<Operand>, rows, a, b_columns, steps, column, epilogue);
+                                           Rows<Operand> b, const Epilogue& epilogue) {
+  for (int64_t column = 0; column < columns; column += kStripColumns<Operand>) {
+    strip_product((columns - column) / kLanes<Operand>, rows, steps, a, b, column, epilogue);
+    b.data += b.strip_stride;
   }
 }
 

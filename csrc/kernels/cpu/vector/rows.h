@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/cpu/kernels.h"
+#include "kernels/cpu/vector/outer_product.h"
 #include "kernels/cpu/vector/simd.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
@@ -141,21 +142,23 @@ ANCHOR_ATTENTION_INLINE Operand to_operand(Sum<Operand> first, [[maybe_unused]] 
   }
 }
 
-// Rows [n_rows, row_stride] → [operands along the row, kTileQueries]: B of a product that sums along the row. Columns
-// beyond the rows become zero.
+// Rows [n_rows, row_stride] → [strips, operands along the row, strip_columns]: B of a product that sums along the row.
+// Columns beyond the rows become zero.
 template <typename Operand>
 ANCHOR_ATTENTION_INLINE void to_panel(const Sum<Operand>* rows, int64_t n_rows, int64_t row_stride, int64_t row_length,
                                       Operand* panel) {
-  constexpr int64_t kColumns = kTileQueries<Sum<Operand>>;
+  constexpr int64_t kStrip = kStripColumns<Sum<Operand>>;
   constexpr int kStep = kDepth<Operand>;
-  for (int64_t d = 0; d < row_length; d += kStep) {
-    Operand* out = panel + d / kStep * kColumns;
-    const int64_t next = d + kStep - 1 < row_length ? d + kStep - 1 : d;
-    for (int64_t i = 0; i < n_rows; ++i) {
-      const Sum<Operand>* row = rows + i * row_stride;
-      out[i] = to_operand<Operand>(row[d], next == d ? Sum<Operand>(0) : row[next]);
+  for (int64_t strip = 0; strip < kTileQueries<Sum<Operand>>; strip += kStrip) {
+    const int64_t n = n_rows - strip < 0 ? 0 : n_rows - strip < kStrip ? n_rows - strip : kStrip;
+    for (int64_t d = 0; d < row_length; d += kStep, panel += kStrip) {
+      const int64_t next = d + kStep - 1 < row_length ? d + kStep - 1 : d;
+      for (int64_t i = 0; i < n; ++i) {
+        const Sum<Operand>* row = rows + (strip + i) * row_stride;
+        panel[i] = to_operand<Operand>(row[d], next == d ? Sum<Operand>(0) : row[next]);
+      }
+      for (int64_t i = n; i < kStrip; ++i) panel[i] = Operand{};
     }
-    for (int64_t i = n_rows; i < kColumns; ++i) out[i] = Operand{};
   }
 }
 

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -18,6 +18,7 @@
 #endif
 
 #define ANCHOR_ATTENTION_INLINE inline __attribute__((always_inline))
+#define ANCHOR_ATTENTION_NOINLINE __attribute__((noinline))
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 
@@ -70,7 +71,8 @@ ANCHOR_ATTENTION_INLINE void store(T* target, Vector<T> value) {
 
 template <typename T>
 ANCHOR_ATTENTION_INLINE Vector<T> splat(T value) {
-  return Vector<T>{} + value;
+  // Not a sum: −0 + 0 is +0, so that the compiler would have to add. x − 0 is x, and all of it one broadcasting load.
+  return value - Vector<T>{};
 }
 
 // Where one of the two is NaN the result is b: put the one that must pass on its NaN second.
@@ -79,7 +81,7 @@ ANCHOR_ATTENTION_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
 }
 
-// 2^x for x ≤ 127, relative error ≤ 2e-7; 0 below −126, NaN for NaN.
+// 2^x for x ≤ 127, relative error ≤ 2e-7; 0 below −127, NaN for NaN.
 #if defined(__AVX512DQ__)
 // Eight instructions instead of thirteen: the fraction above the floor is one, and scaling by 2^⌊x⌋ is another.
 ANCHOR_ATTENTION_INLINE Vector<float> exp2(Vector<float> x) {
@@ -97,9 +99,14 @@ ANCHOR_ATTENTION_INLINE Vector<float> exp2(Vector<float> x) {
 }
 #else
 ANCHOR_ATTENTION_INLINE Vector<float> exp2(Vector<float> x) {
-  using Bits = VectorTypes<float>::Bits;
-  // Adding 1.5 · 2²³ leaves round(x) in the low bits of the sum.
-  constexpr float kRound = 12582912.0f;
+  // Adding 1.5 · 2²³ + 127 leaves the exponent of 2^round(x) with its bias in the low bits of the sum: of 2⁻¹²⁷ that is
+  // the exponent of 0. A NaN comes out of the polynomial and stays one in the product, whatever its other factor is.
+  constexpr float kRound = 12582912.0f + 127.0f;
+#if defined(__AVX__)
+  x = (Vector<float>)_mm256_max_ps(_mm256_set1_ps(-127.0f), (__m256)x);
+#else
+  x = maximum(splat(-127.0f), x);
+#endif
   const Vector<float> shifted = x + kRound;
   const Vector<float> f = x - (shifted - kRound);
   // Minimax polynomial of 2^f on [−½, ½] with 2^0 = 1, relative error 9.2e-8.
@@ -109,8 +116,7 @@ ANCHOR_ATTENTION_INLINE Vector<float> exp2(Vector<float> x) {
   p = p * f + 2.4022242084e-1f;
   p = p * f + 6.9314697760e-1f;
   p = p * f + 1.0f;
-  const Bits scaled = reinterpret_cast<Bits>(p) + (reinterpret_cast<Bits>(shifted) << 23);
-  return x < -126.0f ? Vector<float>{} : reinterpret_cast<Vector<float>>(scaled);
+  return p * reinterpret_cast<Vector<float>>(reinterpret_cast<VectorTypes<float>::Bits>(shifted) << 23);
 }
 #endif
 
@@ -141,12 +147,15 @@ ANCHOR_ATTENTION_INLINE float widen(float value) { return value; }
 ANCHOR_ATTENTION_INLINE double widen(double value) { return value; }
 ANCHOR_ATTENTION_INLINE float widen(BFloat16 value) { return float_of_bits(static_cast<uint32_t>(value.bits) << 16); }
 
+// No operation takes or makes a denormal float: what the processor does with those is a setting of each thread.
 ANCHOR_ATTENTION_INLINE float widen(Float16 value) {
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
-  // The exponent's bias differs by 112; the multiplication also makes denormals normal.
-  const uint32_t finite = bits_of_float(float_of_bits(magnitude) * 0x1p112f);
+  // The exponent's bias differs by 112. A denormal is what its bits add to 2⁻¹⁴.
+  const uint32_t denormal = bits_of_float(float_of_bits(magnitude + 0x38800000u) - 0x1p-14f);
+  const uint32_t normal = magnitude + 0x38000000u;
   const uint32_t special = magnitude | 0x7f800000u;
+  const uint32_t finite = magnitude < 0x00800000u ? denormal : normal;
   return float_of_bits((magnitude >= 0x0f800000u ? special : finite) | sign);
 }
 
