@@ -27,6 +27,28 @@ def test_exp2_of_special_values(module: object) -> None:
     assert np.isnan(result[6]) and not np.isfinite(result[7])
 
 
+def test_exp2_keeps_every_nan(module: object) -> None:
+    """A payload in the low bits, as CUDA makes it, must not fall out of the arithmetic on bits."""
+    payloads = np.concatenate([np.arange(1, 1 << 10), (1 << 22) + np.arange(1 << 10), [0x3FFFFF, 0x7FFFFF], [1] * 15])
+    for sign in (0, 0x80000000):
+        bits = (payloads | 0x7F800000 | sign).astype(np.uint32)
+        bits = bits[: len(bits) // 16 * 16]
+        assert np.isnan(module.exp2(bits.view(np.float32))).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversions_do_not_depend_on_how_the_thread_treats_denormals(module: object, dtype: torch.dtype) -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    kept = module.round_trip_16(bits, dtype == torch.bfloat16)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor can't flush denormals")
+    try:
+        flushed = module.round_trip_16(bits, dtype == torch.bfloat16)
+    finally:
+        torch.set_flush_denormal(False)
+    assert (flushed == kept).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_value_survives(module: object, dtype: torch.dtype) -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)

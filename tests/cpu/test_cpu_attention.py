@@ -75,3 +75,36 @@ def test_denormals_do_not_disturb(dtype: torch.dtype) -> None:
     last_bit = tiny * torch.finfo(dtype).eps
     error = (out.double() - v[:, :40].double()).abs().max().item()
     assert error <= (tiny / 2 if dtype == torch.bfloat16 else 2 * last_bit)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+@pytest.mark.parametrize("bits", [0x7F800001, 0x7FC00001, 0x7FFFFFFF, -1])
+def test_a_nan_stays_one_whatever_its_payload(name: str, bits: int) -> None:
+    table = KeyRangeTable.from_ranges([[0, 3], [3, 4]], [[0, 4], [4, 5]])
+    inputs = {key: torch.randn(1, 5 if key != "q" else 4, 1, 8) for key in ("q", "k", "v")}
+    inputs[name][0, 1, 0, 0] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    q = inputs["q"].requires_grad_()
+    out, lse = anchor_attention(q, inputs["k"], inputs["v"], table, return_lse=True)
+    out.sum().backward()
+    assert q.grad is not None
+    touched = [1] if name == "q" else [0, 1, 2]
+    for row in range(4):
+        assert out[0, row, 0, 0].isnan().item() == (row in touched)
+        assert q.grad[0, row].isnan().any().item() == (row in touched)
+        assert lse[0, 0, row].isnan().item() == (row in touched and name != "v")
+
+
+def test_float16_does_not_depend_on_how_threads_treat_denormals() -> None:
+    """The setting is one of each thread; no float32 in here is denormal."""
+    table = KeyRangeTable.from_ranges([[0, 600]], [[0, 2000]])
+    q, k = torch.randn(1, 600, 4, 64).half(), torch.randn(1, 2000, 4, 64).half()
+    v = torch.full((1, 2000, 4, 64), 2e-5).half()
+    expected = anchor_attention(q, k, v, table)
+    assert (expected > 1e-5).all()
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor can't flush denormals")
+    try:
+        actual = [anchor_attention(q, k, v, table) for _ in range(5)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(out, expected) for out in actual)

@@ -8,12 +8,22 @@
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 
 // C's register block, rows × vectors. B's vectors and one broadcast of A must fit beside it; more vectors than rows
-// would load more than it multiplies.
+// would load more than it multiplies. Other values are for trying them out.
+#if defined(ANCHOR_ATTENTION_BLOCK_VECTORS)
+constexpr int kBlockVectors = ANCHOR_ATTENTION_BLOCK_VECTORS;
+#else
 constexpr int kBlockVectors = kRegisters == 32 ? 4 : 2;
-constexpr int kBlockRows = 6;
+#endif
+template <int kVectors>
+constexpr int kBlockRows = kRegisters == 32 || kVectors < 3 ? 6 : 12 / kVectors;
+
 // Steps of the summed axis in one turn of the loop: a step of 6 × 2 has 20 instructions, and those of the loop itself
 // would be three more in every step.
+#if defined(ANCHOR_ATTENTION_UNROLL)
+constexpr int kUnroll = ANCHOR_ATTENTION_UNROLL;
+#else
 constexpr int kUnroll = kRegisters == 32 ? 1 : 4;
+#endif
 
 // A is read operand by operand: A(m, k) = a[m * row_stride + k * step_stride]. So it may be transposed at no cost.
 template <typename Operand>
@@ -80,12 +90,13 @@ ANCHOR_ATTENTION_INLINE void row_block(int64_t rows, Broadcast<Operand> a, Rows<
 template <int kVectors, typename Operand, typename Epilogue>
 static ANCHOR_ATTENTION_NOINLINE void row_blocks(int64_t rows, Broadcast<Operand> a, Rows<Operand> b, int64_t steps,
                                                  int64_t column, Epilogue epilogue) {
+  constexpr int kRows = kBlockRows<kVectors>;
   int64_t row = 0;
-  for (; row + kBlockRows <= rows; row += kBlockRows) {
-    epilogue(multiply<kBlockRows, kVectors>(a, b, steps), row, column);
-    a.data += kBlockRows * a.row_stride;
+  for (; row + kRows <= rows; row += kRows) {
+    epilogue(multiply<kRows, kVectors>(a, b, steps), row, column);
+    a.data += kRows * a.row_stride;
   }
-  if (row < rows) row_block<kBlockRows - 1, kVectors>(rows - row, a, b, steps, row, column, epilogue);
+  if (row < rows) row_block<kRows - 1, kVectors>(rows - row, a, b, steps, row, column, epilogue);
 }
 
 // One strip of columns. Calls epilogue(block, row, column) for every block of C.

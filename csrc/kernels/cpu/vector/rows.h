@@ -8,8 +8,17 @@
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 
 // The lengths of a tile's scratch: keys are taken in chunks that stay in the first-level cache with what meets them.
+#if defined(ANCHOR_ATTENTION_CHUNK_KEYS)
+constexpr int64_t kChunkKeys = ANCHOR_ATTENTION_CHUNK_KEYS;
+#else
 constexpr int64_t kChunkKeys = 64;
+#endif
+#if defined(ANCHOR_ATTENTION_TILE_VECTORS)
+constexpr int64_t kTileVectors = ANCHOR_ATTENTION_TILE_VECTORS;
+#else
 constexpr int64_t kTileVectors = kVectorBytes == 64 ? 4 : 8;
+#endif
+static_assert(kTileVectors % kBlockVectors == 0);
 
 template <typename T>
 constexpr int64_t kTileQueries = kTileVectors * kLanes<T>;
