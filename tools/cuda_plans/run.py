@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.cuda_plans.build import plans, ptx_file
-from tools.ptx_emulator import Counters, Memory, Module, encode_tensor_map
+from tools.ptx_emulator import Counters, Memory, Module, Product, encode_tensor_map
 
 Array = NDArray[Any]
 # (query range, key ranges) pairs
@@ -85,6 +85,8 @@ class KernelRun:
     multiprocessors: int = 132
     generation: str = "sm80"
     deterministic: bool = True
+    reluctant_warps: Sequence[int] = ()
+    products: list[Product] | None = None  # gets every wgmma
     launches: list[tuple[str, int, Counters]] = field(default_factory=list)
     shared_bytes: dict[str, int] = field(default_factory=dict)  # dynamic, by kernel name
 
@@ -142,7 +144,8 @@ def _run(plan: Callable[[dict[str, Any]], Any], fields: dict[str, Any], device: 
         module, entry = locate(launch.name)
         counters = module.launch(
             entry, launch.grid, launch.block, launch.shared_bytes, with_tensor_maps(launch), device.memory,
-            seed=run.seed, concurrent_blocks=run.concurrent_blocks,
+            seed=run.seed, concurrent_blocks=run.concurrent_blocks, reluctant_warps=run.reluctant_warps,
+            products=run.products,
         )  # fmt: skip
         run.launches.append((launch.name, launch.grid, counters))
         run.shared_bytes[launch.name] = launch.shared_bytes

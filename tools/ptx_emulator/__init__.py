@@ -21,7 +21,7 @@ from .errors import (
     UninitializedReadError,
     UnsupportedInstructionError,
 )
-from .launch import KernelInfo, Memory, Module
+from .launch import KernelInfo, Memory, Module, Product
 from .tensor_map import TensorMap, encode_tensor_map
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "MisalignedError",
     "Module",
     "OutOfBoundsError",
+    "Product",
     "PtxSyntaxError",
     "RaceError",
     "TensorMap",

@@ -16,7 +16,8 @@ from types import ModuleType
 
 from tools.locks import once_at_a_time
 
-_SOURCES = Path(__file__).parent / "src"
+# Elsewhere where a test plants mistakes in a copy.
+_SOURCES = Path(os.environ.get("PTX_EMULATOR_SOURCES") or Path(__file__).parent / "src")
 _MODULE = "emulator_native"
 _BUILD_ROOT = Path(__file__).parents[2] / "build" / "ptx_emulator"
 # -ffp-contract=off and -frounding-math: PTX says where an operation is fused and how it rounds.

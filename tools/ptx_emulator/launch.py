@@ -11,6 +11,7 @@ import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from . import errors
 from .build import native
 from .counters import Counters
+from .coverage import record
 from .errors import EmulatorError
 from .lower import LoweredKernel, lay_out_module, lower
 from .ptx import TYPE_BYTES, parse
@@ -37,6 +39,16 @@ _FAULTS: tuple[type[EmulatorError], ...] = (
 _MAX_THREADS = 1024
 Dim = int | Sequence[int]
 Parameter = int | float | bytes | np.generic | ctypes.Structure
+
+
+@dataclass(frozen=True)
+class Product:
+    """A wgmma that a warp has issued: its shape, and the descriptors of A (0 for one in registers) and B."""
+
+    warp: int
+    shape: str
+    a: int
+    b: int
 
 
 class Memory:
@@ -151,17 +163,24 @@ class Module:
         seed: int = 0,
         concurrent_blocks: int = 1,
         spin_limit: int = 50_000_000,
+        reluctant_warps: Sequence[int] = (),
+        products: list[Product] | None = None,
+        lax: bool = False,
     ) -> Counters:
         """Run a grid to its end.
 
         grid, block: up to three extents. shared_bytes: dynamic shared memory. params: one value per parameter, or the
         whole parameter buffer. seed: decides the order of warps and of atomics. concurrent_blocks: how many blocks
         run at a time; the others wait for one of them to end. spin_limit: warp instructions without a store, a barrier
-        or an exit after which the program counts as stuck.
+        or an exit after which the program counts as stuck. reluctant_warps: warps of a block that run only where none
+        of its others can, a schedule that random ones hardly ever come close to. products: gets every
+        wgmma, warp by warp, in the order of issue. lax: pass over what other people's
+        kernels do less strictly than ours, as README.md says.
 
         Raises the EmulatorError that names what the program did wrong.
         """
         lowered = self.lowered(kernel)
+        record(lowered)
         grid_extents, block_extents = _extents("grid", grid), _extents("block", block)
         n_threads = int(np.prod(block_extents))
         if n_threads > _MAX_THREADS:
@@ -176,10 +195,14 @@ class Module:
         memory._native.forget_variables()
         for number, (name, array) in enumerate(self._variables.items()):
             memory._native.place_variable(number, name, array.ctypes.data, array.nbytes, True)
-        counts, fault = native().launch(
+        counts, fault, issued = native().launch(
             lowered.native, memory._native, grid_extents, block_extents, shared_bytes, buffer,
             self._layout.constants, seed, concurrent_blocks, spin_limit,
+            sum(1 << warp for warp in reluctant_warps), products is not None, lax,
         )  # fmt: skip
+        if products is not None:
+            names = lowered.operations
+            products += [Product(warp, names[place].split(".")[4], a, b) for warp, place, a, b in issued]
         if fault is not None:
             raise _error(lowered, fault)
         return Counters(lowered, counts)

@@ -35,6 +35,11 @@ _SPECIAL = (
     *("%lanemask_eq", "%lanemask_lt", "%lanemask_le", "%lanemask_gt", "%lanemask_ge"),
     *("%dynamic_smem_size", "%total_smem_size"),
 )
+# A launch has clusters of one block.
+_CLUSTER = {f"%clusterid.{axis}": f"%ctaid.{axis}" for axis in "xyz"}
+_CLUSTER |= {f"%nclusterid.{axis}": f"%nctaid.{axis}" for axis in "xyz"}
+_CLUSTER |= {f"%cluster_ctaid.{axis}": "0" for axis in "xyz"} | {"%cluster_ctarank": "0"}
+_CLUSTER |= {f"%cluster_nctaid.{axis}": "1" for axis in "xyz"} | {"%cluster_nctarank": "1"}
 _CLOCKS = {"%clock": "clock.u32", "%clock64": "clock.u64", "%globaltimer": "clock.u64"}
 _ADDRESS = re.compile(r"\[\s*([^\s+\]]+)\s*(?:\+\s*(-?\w+))?\s*\]$")
 _TENSOR = re.compile(r"\[\s*([^,\]]+?)\s*,\s*(\{[^}]*\})\s*\]$")
@@ -44,7 +49,7 @@ _NO_ROW = -1
 ABSENT = "absent"
 _SM_90A = re.compile(r"wgmma\.|setmaxnreg\.")
 _SM_90 = re.compile(
-    r"cp(\.reduce)?\.async\.bulk|fence\.(proxy\.async|mbarrier_init)"
+    r"cp(\.reduce)?\.async\.bulk|barrier\.cluster|mapa\.|fence\.(proxy\.async|mbarrier_init)"
     r"|mbarrier\.(try_wait|expect_tx|complete_tx|arrive\.expect_tx)"
 )
 _REGISTER_FILE = 65536
@@ -211,6 +216,9 @@ class _Lowering:
         """Number of the virtual register, special register or constant that `text` names."""
         if text == "_":
             return _NO_ROW
+        if text.startswith("{") and "," not in text:  # a vector of one
+            text = text[1:-1].strip()
+        text = _CLUSTER.get(text, text)
         if text in _SPECIAL:
             return _SPECIAL.index(text)
         found = _lookup(self.current.scope, "registers", text)
@@ -359,8 +367,8 @@ class _Lowering:
             if count % 8 or not 24 <= count <= 256:
                 raise self.fail(f"register count {count}, which must be a multiple of 8 from 24 to 256,")
         if sig.operation in ("cp.async.ca.shared.global", "cp.async.cg.shared.global"):
-            sizes = ("16",) if ".cg." in sig.operation else ("4", "8", "16")
-            if texts[2] not in sizes:
+            sizes = (16,) if ".cg." in sig.operation else (4, 8, 16)
+            if self.integer(texts[2]) not in sizes:
                 raise self.fail(f"copy size {texts[2]}")
         if len(operands) > native().MAX_OPERANDS:
             raise self.fail("too many operands")

@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Set
 
 _WITHOUT_RESULT = frozenset(
-    ("st", "red", "bra", "cp", "exit", "ret", "trap", "fence", "no_effect", "stmatrix", "wgmma", "setmaxnreg")
+    (
+        "st",
+        "red",
+        "bra",
+        "barrier",
+        "cp",
+        "exit",
+        "ret",
+        "trap",
+        "fence",
+        "no_effect",
+        "stmatrix",
+        "wgmma",
+        "setmaxnreg",
+    )
 )
 _MBARRIER_WITHOUT_RESULT = frozenset(("init", "inval", "expect_tx", "complete_tx"))
 
@@ -17,7 +31,7 @@ class Virtual(int):
 def _n_results(operation: str) -> int:
     """How many operands, the first ones, the instruction writes."""
     words = operation.split(".")
-    if words[0] in _WITHOUT_RESULT or operation in ("bar.sync", "bar.arrive", "bar.warp.sync"):
+    if words[0] in _WITHOUT_RESULT or words[:2] in (["bar", "sync"], ["bar", "arrive"], ["bar", "warp"]):
         return 0
     if words[0] == "mbarrier" and words[1] in _MBARRIER_WITHOUT_RESULT:
         return 0

@@ -31,6 +31,7 @@ _CACHE_HINTS = re.compile(
 )
 _SHARED = frozenset(("shared", "shared::cta", "shared::cluster"))
 _RELAXED_OR_SCOPE = frozenset(("relaxed", "cta", "cluster", "gpu", "sys"))
+_ORDERS = frozenset(("acquire", "release", "acq_rel"))
 _FENCE = re.compile(r"membar\.(cta|gl|sys)|fence(\.(sc|acq_rel|acquire|release))?\.(cta|cluster|gpu|sys)")
 _PROXY_FENCE = re.compile(r"fence\.proxy\.async(\.shared::(cta|cluster)|\.global)?")
 _NO_EFFECT = re.compile(
@@ -40,7 +41,7 @@ _NO_EFFECT = re.compile(
 _UNARY = frozenset(
     ("mov", "neg", "abs", "not", "cnot", "brev", "rcp", "sqrt", "rsqrt", "ex2", "lg2", "sin", "cos", "tanh")
 )
-_TERNARY = frozenset(("fma", "mad", "sad"))
+_TERNARY = frozenset(("fma", "mad", "madc", "sad"))
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def _widened(type_name: str) -> str:
 
 
 def _without_hints(parts: list[str]) -> list[str]:
-    spaces = {"shared::cta": "shared", "param::entry": "param", "volatile": "relaxed"}
+    # Of a cluster of one block.
+    spaces = {"shared::cta": "shared", "shared::cluster": "shared", "param::entry": "param", "volatile": "relaxed"}
     return [spaces.get(part, part) for part in parts if not _CACHE_HINTS.match(part)]
 
 
@@ -74,7 +76,9 @@ def _memory(opcode: str, parts: list[str]) -> Signature:
 
 
 def _atomic(opcode: str, parts: list[str]) -> Signature:
-    kept = ["shared" if part == "shared::cta" else part for part in parts[1:] if part not in _RELAXED_OR_SCOPE]
+    words = ["shared" if part in _SHARED else part for part in parts[1:] if part not in _RELAXED_OR_SCOPE]
+    # The assembler takes the order and the space in any order.
+    kept = [*(w for w in words if w in _ORDERS), *(w for w in words if w not in _ORDERS)]
     type_name = kept[-1]
     sources = (type_name, type_name) if "cas" in kept else (type_name,)
     result = (type_name,) if opcode == "atom" else ()
@@ -155,6 +159,14 @@ def warpgroup_multiply(opcode: str, a_in_registers: bool) -> Signature:
     return Signature(opcode, (VECTOR + "f32", a, "b64", PREDICATE, *(INTEGER,) * integers))
 
 
+def _matrix_operation(parts: list[str]) -> str:
+    """Name of an ldmatrix or stmatrix: the assembler takes the shape, the number and .trans in any order."""
+    order = ("m8n8", "x1", "x2", "x4", "trans")
+    middle = sorted((part for part in parts[3:-2] if part in order), key=order.index)
+    others = [part for part in parts[3:-2] if part not in order]
+    return ".".join([*parts[:3], *middle, *others, "shared" if parts[-2] == "shared::cta" else parts[-2], parts[-1]])
+
+
 def _matrix_multiply(opcode: str, parts: list[str]) -> Signature:
     kinds = {"f16": "f16x2", "bf16": "bf16x2", "tf32": "b32", "f32": "f32"}
     if any(part not in kinds for part in parts[-4:]):
@@ -223,8 +235,12 @@ def signature(opcode: str) -> Signature:
         return _memory(base, parts)
     if base in ("atom", "red"):
         return _atomic(base, parts)
+    if parts[:2] == ["barrier", "cluster"]:
+        return Signature(".".join(part for part in parts if part not in ("aligned", "release", "acquire")), ())
     if base in ("bar", "barrier"):
         return _barrier(parts)
+    if base == "mapa":
+        return Signature(f"mapa.{parts[-1]}", (parts[-1], parts[-1], "u32"))
     if base == "cp" and parts[1:2] == ["async"] and len(parts) > 2:
         return _copy_async(opcode, parts)
     if base == "mma":
@@ -233,10 +249,9 @@ def signature(opcode: str) -> Signature:
         return Signature("bra", (LABEL,))
     if opcode in ("ret", "ret.uni", "exit", "trap"):
         return Signature(base, ())
-    if base == "ldmatrix":
-        return Signature(opcode.replace("shared::cta", "shared"), (VECTOR + "b32", ADDRESS))
-    if base == "stmatrix":
-        return Signature(opcode.replace("shared::cta", "shared"), (ADDRESS, VECTOR + "b32"))
+    if base in ("ldmatrix", "stmatrix"):
+        operands = (VECTOR + "b32", ADDRESS)
+        return Signature(_matrix_operation(parts), operands if base == "ldmatrix" else operands[::-1])
     if base == "movmatrix":
         return Signature(opcode, ("b32", "b32"))
     if base == "shfl":

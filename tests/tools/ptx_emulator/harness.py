@@ -89,6 +89,7 @@ def run(
     maps: Sequence[tuple[int, TensorMap]] = (),
     seed: int = 0,
     kernel: str = "program",
+    lax: bool = False,
 ) -> None:
     """Run a kernel of a PTX text; the arrays are its pointers and are updated in place.
 
@@ -101,7 +102,7 @@ def run(
     addresses = [memory.register(array, f"array {i}", writable=True) for i, array in enumerate(arrays)]
     encoded = [tensor_map.encode(addresses[i]) for i, tensor_map in maps]
     module = Module.from_ptx(text)
-    module.launch(kernel, grid, block, shared_bytes, [*addresses, *encoded], memory, seed=seed)
+    module.launch(kernel, grid, block, shared_bytes, [*addresses, *encoded], memory, seed=seed, lax=lax)
 
 
 def apply(

@@ -62,14 +62,16 @@ Kernel make_kernel(const std::vector<std::string>& operations, const CodeArray& 
 
 py::tuple launch_kernel(const Kernel& kernel, GlobalMemory& memory, std::array<uint32_t, 3> grid,
                         std::array<uint32_t, 3> block, uint32_t dynamic_shared_bytes, const py::bytes& parameters,
-                        const py::bytes& constants, uint64_t seed, uint32_t concurrent_blocks, uint64_t spin_limit) {
+                        const py::bytes& constants, uint64_t seed, uint32_t concurrent_blocks, uint64_t spin_limit,
+                        uint64_t reluctant, bool lists_products, bool lax) {
   const auto as_bytes = [](const py::bytes& data) {
     const std::string text = data;
     return std::vector<uint8_t>(text.begin(), text.end());
   };
   Launch launch{};
   launch.kernel = &kernel;
-  launch.options = {grid, block, dynamic_shared_bytes, seed, concurrent_blocks, spin_limit};
+  launch.options = {grid,       block,     dynamic_shared_bytes, seed, concurrent_blocks,
+                    spin_limit, reluctant, lists_products,       lax};
   launch.global = &memory;
   launch.parameters = as_bytes(parameters);
   launch.constants = as_bytes(constants);
@@ -95,7 +97,7 @@ py::tuple launch_kernel(const Kernel& kernel, GlobalMemory& memory, std::array<u
                                c.global_sectors, c.bulk_bytes};
     for (int j = 0; j < 7; ++j) cells(static_cast<py::ssize_t>(i), j) = values[j];
   }
-  return py::make_tuple(counts, fault);
+  return py::make_tuple(counts, fault, launch.products);
 }
 
 }  // namespace

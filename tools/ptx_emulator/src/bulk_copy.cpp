@@ -125,7 +125,7 @@ void start_load(Warp& warp, BulkLoad load, uint32_t size, int lane) {
     return block.ordering.reaches_async_proxy(warp.index, barrier.creator_warp, barrier.creator_lane,
                                               barrier.creation_epoch, kind);
   };
-  if (!fenced(ProxyFence::async) && !fenced(ProxyFence::mbarrier_init)) {
+  if (!warp.launch->options.lax && !fenced(ProxyFence::async) && !fenced(ProxyFence::mbarrier_init)) {
     raise(FaultKind::race, barrier.describe() +
                                " is used by a bulk copy without fence.mbarrier_init or fence.proxy.async after its "
                                "initialisation and a barrier");

@@ -62,6 +62,48 @@ void barrier_reduce(Warp& warp, const Instruction& in) {
   arrive(warp, in, 1, true);
 }
 
+// Variant 1: relaxed, publishes nothing.
+void cluster_arrive(Warp& warp, const Instruction& in) {
+  if (!warp.converge(warp.alive())) return;
+  Block& block = *warp.block;
+  ClusterBarrier& barrier = block.cluster;
+  if (warp.cluster_arrivals > barrier.phase) {
+    raise(FaultKind::divergence, "barrier.cluster.arrive again before the phase of the last arrival has ended");
+  }
+  warp.cluster_arrivals = barrier.phase + 1;
+  const Clock& mine = block.ordering.clock(warp.index);
+  if (barrier.n_arrived++ == 0) barrier.arriving.block = mine.block;
+  if (in.variant == 0) {
+    barrier.arriving.join(mine);
+    block.ordering.synchronise(warp.index);
+  }
+  block.release_cluster_if_complete();
+}
+
+void cluster_wait(Warp& warp, const Instruction&) {
+  if (!warp.converge(warp.alive())) return;
+  const ClusterBarrier& barrier = warp.block->cluster;
+  if (warp.cluster_arrivals == 0) raise(FaultKind::divergence, "barrier.cluster.wait without an arrival before it");
+  if (warp.cluster_arrivals > barrier.phase) {
+    warp.next_pc = warp.pc;
+    warp.doze(Sleep::cluster, 0);
+    return;
+  }
+  warp.block->ordering.join(warp.index, barrier.completed);
+}
+
+// Operands: result, address, rank of a block in the cluster, which is the only one.
+template <class T>
+void map_to_rank(Warp& warp, const Instruction& in) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const uint32_t rank = warp.row32(in.operand[2])[lane];
+    if (!(warp.exec >> lane & 1) || rank == 0) continue;
+    warp.lane = lane;
+    raise(FaultKind::out_of_bounds, "mapa to block " + std::to_string(rank) + " of a cluster of one block");
+  }
+  commit(row<T>(warp, in.operand[0]), row<T>(warp, in.operand[1]), warp.exec);
+}
+
 template <class T>
 void read_clock(Warp& warp, const Instruction& in) {
   uint64_t issued = 0;
@@ -80,6 +122,11 @@ void register_control(Registry& r) {
   r["trap"] = {&trap, 0};
   r["bar.sync"] = {&barrier_sync, 0};
   r["bar.arrive"] = {&barrier_arrive, 0};
+  r["barrier.cluster.arrive"] = {&cluster_arrive, 0};
+  r["barrier.cluster.arrive.relaxed"] = {&cluster_arrive, 1};
+  r["barrier.cluster.wait"] = {&cluster_wait, 0};
+  r["mapa.u32"] = {&map_to_rank<uint32_t>, 0};
+  r["mapa.u64"] = {&map_to_rank<uint64_t>, 0};
   r["bar.red.popc.u32"] = {&barrier_reduce, static_cast<int64_t>(BarrierReduction::popc)};
   r["bar.red.and.pred"] = {&barrier_reduce, static_cast<int64_t>(BarrierReduction::conjunction)};
   r["bar.red.or.pred"] = {&barrier_reduce, static_cast<int64_t>(BarrierReduction::disjunction)};

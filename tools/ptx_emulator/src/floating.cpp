@@ -1,6 +1,8 @@
 // float32 and float64 arithmetic, and the approximations of the special function unit.
 #include "floating.h"
 
+#include <cfloat>
+
 namespace emulator {
 namespace {
 
@@ -130,6 +132,16 @@ void register_float(Registry& r, const std::string& ftz) {
       [](float a, float b) { return finish<float, Ftz, false>(flush<Ftz>(a) / flush<Ftz>(b)); });
 }
 
+// From the upper half of the operand, to the upper half of the result; subnormal numbers count as zero.
+double reciprocal_of_upper_half(double a) {
+  const auto upper_half = [](double value) {
+    return std::bit_cast<double>(std::bit_cast<uint64_t>(value) & 0xffffffff00000000);
+  };
+  const auto flushed = [](double value) { return std::abs(value) < DBL_MIN ? std::copysign(0.0, value) : value; };
+  if (std::isnan(a)) return std::bit_cast<double>(uint64_t{0x7fffffff00000000});
+  return flushed(upper_half(1 / flushed(upper_half(a))));
+}
+
 }  // namespace
 
 void register_floating(Registry& r) {
@@ -141,6 +153,7 @@ void register_floating(Registry& r) {
   register_float<false>(r, "");
   register_float<true>(r, ".ftz");
   register_simple<double, false>(r, ".f64");
+  r["rcp.approx.ftz.f64"] = lanes<double, double>([](double a) { return reciprocal_of_upper_half(a); });
   r["tanh.approx.f32"] = lanes<float, float>([](float a) { return canonical(std::tanh(a)); });
   // The sign of the first operand on the magnitude of the second.
   r["copysign.f32"] = lanes<float, float, float>([](float a, float b) { return std::copysign(b, a); });

@@ -92,6 +92,63 @@ void register_type(Registry& r, const std::string& type) {
   }
 }
 
+// d = a ± b, with the carry or borrow of the instruction before it (`Takes`) and for the next one (`Gives`).
+template <class U, bool Subtracts, bool Takes, bool Gives>
+void put_sum(Warp& warp, const Instruction& in, const U* a, const U* b) {
+  alignas(64) Storage<U> result[kLanes];
+  Mask carries = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const U carry = Takes ? warp.carry >> lane & 1 : 0;
+    U sum;
+    bool over;
+    if constexpr (Subtracts) {
+      over = __builtin_sub_overflow(a[lane], b[lane], &sum);
+      over |= __builtin_sub_overflow(sum, carry, &sum);
+    } else {
+      over = __builtin_add_overflow(a[lane], b[lane], &sum);
+      over |= __builtin_add_overflow(sum, carry, &sum);
+    }
+    result[lane] = sum;
+    carries |= static_cast<Mask>(over) << lane;
+  }
+  commit(row<U>(warp, in.operand[0]), result, warp.exec);
+  if (Gives) warp.carry = (warp.carry & ~warp.exec) | (carries & warp.exec);
+}
+
+template <class U, bool Subtracts, bool Takes, bool Gives>
+void extended_sum(Warp& warp, const Instruction& in) {
+  put_sum<U, Subtracts, Takes, Gives>(warp, in, row<U>(warp, in.operand[1]), row<U>(warp, in.operand[2]));
+}
+
+template <class T, bool High, bool Takes, bool Gives>
+void extended_mad(Warp& warp, const Instruction& in) {
+  using U = std::make_unsigned_t<T>;
+  U product[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const T a = decode<T>(row<T>(warp, in.operand[1])[lane]);
+    const T b = decode<T>(row<T>(warp, in.operand[2])[lane]);
+    product[lane] = High ? static_cast<U>(high_product(a, b)) : static_cast<U>(a) * static_cast<U>(b);
+  }
+  put_sum<U, false, Takes, Gives>(warp, in, product, row<U>(warp, in.operand[3]));
+}
+
+template <class T>
+void register_extended(Registry& r, const std::string& type) {
+  using U = std::make_unsigned_t<T>;
+  r["add.cc." + type] = {&extended_sum<U, false, false, true>, 0};
+  r["addc." + type] = {&extended_sum<U, false, true, false>, 0};
+  r["addc.cc." + type] = {&extended_sum<U, false, true, true>, 0};
+  r["sub.cc." + type] = {&extended_sum<U, true, false, true>, 0};
+  r["subc." + type] = {&extended_sum<U, true, true, false>, 0};
+  r["subc.cc." + type] = {&extended_sum<U, true, true, true>, 0};
+  r["mad.lo.cc." + type] = {&extended_mad<T, false, false, true>, 0};
+  r["mad.hi.cc." + type] = {&extended_mad<T, true, false, true>, 0};
+  r["madc.lo." + type] = {&extended_mad<T, false, true, false>, 0};
+  r["madc.hi." + type] = {&extended_mad<T, true, true, false>, 0};
+  r["madc.lo.cc." + type] = {&extended_mad<T, false, true, true>, 0};
+  r["madc.hi.cc." + type] = {&extended_mad<T, true, true, true>, 0};
+}
+
 int32_t multiply24(int32_t a, int32_t b) { return ((a << 8) >> 8) * ((b << 8) >> 8); }
 uint32_t multiply24(uint32_t a, uint32_t b) { return (a & 0xffffff) * (b & 0xffffff); }
 
@@ -113,6 +170,10 @@ void register_integer(Registry& r) {
   register_type<int32_t>(r, "s32");
   register_type<uint64_t>(r, "u64");
   register_type<int64_t>(r, "s64");
+  register_extended<uint32_t>(r, "u32");
+  register_extended<int32_t>(r, "s32");
+  register_extended<uint64_t>(r, "u64");
+  register_extended<int64_t>(r, "s64");
   r["shr.b16"] = r["shr.u16"];
   r["shr.b32"] = r["shr.u32"];
   r["shr.b64"] = r["shr.u64"];

@@ -92,7 +92,15 @@ struct NamedBarrier {
 };
 
 // Why a warp does not run, beyond barriers.
-enum class Sleep { none, mbarrier, registers };
+enum class Sleep { none, mbarrier, registers, cluster };
+
+// barrier.cluster of a cluster of one block: arrivals and waits are two instructions.
+struct ClusterBarrier {
+  uint32_t phase = 0;  // completed
+  int n_arrived = 0;
+  Clock arriving;
+  Clock completed;
+};
 
 struct Kernel;
 struct Block;
@@ -125,11 +133,13 @@ struct Warp {
   std::vector<uint32_t> row_storage;
   uint32_t* rows;
   std::vector<Mask> predicates;
+  Mask carry = 0;  // the condition code of .cc
   std::vector<PendingCopy> copies;
   std::array<uint32_t, kLanes> committed_groups{};
   std::vector<LocalMemory> local;
   std::vector<BulkStore> bulk_stores;
   std::array<uint32_t, kLanes> committed_bulk_groups{};
+  uint32_t cluster_arrivals = 0;
   WarpgroupState warpgroup;
 
   uint32_t* row32(int32_t row) { return rows + size_t{kLanes} * row; }
@@ -160,6 +170,7 @@ struct Block {
   Ordering ordering;
   SharedMemory shared;
   std::array<NamedBarrier, 16> barriers;
+  ClusterBarrier cluster;
   std::vector<std::unique_ptr<Warp>> warps;
   int n_running = 0;
   Mbarriers mbarriers;
@@ -171,6 +182,7 @@ struct Block {
   Block(Launch& launch, uint64_t number);
   void arrive(Warp& warp, int id, uint32_t expected_threads, bool waits);
   void release_if_complete(int id);
+  void release_cluster_if_complete();
   void complete_phase_if_done(Mbarrier& barrier);
   void wake(Sleep why, uint32_t mbarrier);
   // Lands one of the bulk loads.
@@ -208,6 +220,9 @@ struct LaunchOptions {
   uint64_t seed;
   uint32_t concurrent_blocks;
   uint64_t spin_limit;  // warp instructions without an effect before the program counts as stuck
+  uint64_t reluctant;   // bit i: warp i of a block runs only where no other warp of it can
+  bool lists_products;
+  bool lax;  // passes over what other people's kernels do less strictly than ours: see README.md
 };
 
 struct Launch {
@@ -219,7 +234,8 @@ struct Launch {
   std::vector<uint8_t> parameters;
   std::vector<uint8_t> constants;  // the module's constant bank
   std::vector<InstructionCounts> counts;
-  uint64_t idle_instructions = 0;  // since the last effect
+  std::vector<std::array<uint64_t, 4>> products;  // of wgmma, where wanted: warp, instruction, descriptors of A and B
+  uint64_t idle_instructions = 0;                 // since the last effect
   uint64_t n_effects = 0;
   uint64_t random_state;
 

@@ -104,7 +104,7 @@ inline uint32_t word_bytes(uint64_t address, uint32_t size, uint64_t word) {
 
 class SharedMemory {
  public:
-  SharedMemory(uint32_t size, int n_warps, Ordering& ordering);
+  SharedMemory(uint32_t size, int n_warps, Ordering& ordering, bool lax);
   // Addresses are byte addresses of the shared window, from kSharedBase on.
   const uint8_t* read(const Accessor& who, uint32_t address, uint32_t size);
   void write(const Accessor& who, uint32_t address, uint32_t size, const uint8_t* bytes);
@@ -142,6 +142,7 @@ class SharedMemory {
   [[noreturn]] void race(const Accessor& who, bool is_write, uint32_t offset, int warp, int lane, bool was_write) const;
 
   Ordering* ordering_;
+  bool lax_;
   uint32_t size_;
   std::vector<uint8_t> data_;
   std::vector<uint8_t> state_;

@@ -82,6 +82,7 @@ void Warp::exit_lanes(Mask lanes) {
   launch->progress();
   --block->n_running;
   for (int id = 0; id < static_cast<int>(block->barriers.size()); ++id) block->release_if_complete(id);
+  block->release_cluster_if_complete();
 }
 
 void Warp::select_fragment() {
@@ -208,7 +209,7 @@ Block::Block(Launch& owner, uint64_t number)
       launch(&owner),
       ordering(number, n_warps(owner.options)),
       shared(owner.kernel->static_shared_end - kSharedBase + owner.options.dynamic_shared_bytes, n_warps(owner.options),
-             ordering) {
+             ordering, owner.options.lax) {
   const auto& shape = owner.options.block;
   const uint32_t n_threads = shape[0] * shape[1] * shape[2];
   for (uint32_t first = 0; first < n_threads; first += kLanes) {
@@ -280,6 +281,16 @@ void Block::release_if_complete(int id) {
   launch->progress();
 }
 
+void Block::release_cluster_if_complete() {
+  if (cluster.n_arrived == 0 || cluster.n_arrived < n_running) return;
+  ++cluster.phase;
+  cluster.n_arrived = 0;
+  cluster.completed = cluster.arriving;
+  cluster.arriving = Clock{};
+  wake(Sleep::cluster, 0);
+  launch->progress();
+}
+
 void Block::wake(Sleep why, uint32_t mbarrier) {
   for (const auto& warp : warps) {
     if (warp->sleep == why && warp->sleeps_at == mbarrier) warp->sleep = Sleep::none;
@@ -306,6 +317,8 @@ std::string Block::describe_wait(const Warp& warp) const {
   std::string text = std::to_string(warp.index) + " at ";
   if (warp.sleep == Sleep::registers) {
     text += "setmaxnreg, " + std::to_string(free_registers) + " registers are free";
+  } else if (warp.sleep == Sleep::cluster) {
+    text += "barrier.cluster.wait";
   } else if (warp.sleep == Sleep::mbarrier) {
     const auto found = mbarriers.find(warp.sleeps_at);
     text += found == mbarriers.end() ? "an mbarrier that is gone" : found->second.describe();
@@ -343,10 +356,15 @@ void Launch::run() {
       for (const auto& block : blocks) {
         if (!block->bulk_loads.empty() && random() % 4 == 0) block->land(random() % block->bulk_loads.size());
         const size_t before = ready.size();
-        do {
+        const auto collect = [&](bool reluctant) {
           for (const auto& candidate : block->warps) {
-            if (candidate->ready()) ready.push_back(candidate.get());
+            const bool holds_back = candidate->index < 64 && (options.reluctant >> candidate->index & 1) != 0;
+            if (holds_back == reluctant && candidate->ready()) ready.push_back(candidate.get());
           }
+        };
+        do {
+          collect(false);
+          if (ready.size() == before) collect(true);
         } while (ready.size() == before && block->pass_time());
         if (ready.size() > before) continue;
         std::string waiting;

@@ -210,6 +210,10 @@ void multiply_async(Warp& warp, const Instruction& in) {
     if (!same) raise(FaultKind::divergence, "the threads of a warp disagree on the arguments of wgmma");
   }
   warp.lane = -1;
+  if (warp.launch->options.lists_products) {
+    warp.launch->products.push_back(
+        {static_cast<uint64_t>(warp.index), static_cast<uint64_t>(warp.pc), descriptor_a, descriptor_b});
+  }
   const double sign = rest[2] * rest[3];
   constexpr bool kTransposes = Type::kBytes == 2;
   const bool transposed_a = kTransposes && !a_in_registers && rest[4] != 0;
