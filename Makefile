@@ -1,6 +1,7 @@
 # make demo   trains a small anchored-branch transformer on airfoil flow and shows what it learnt
 # make test   the tests, on every core; it says what it leaves out and why
 # make test-slow    the long tests: emulated sweeps, whole programs, builds
+# make test-corpus  the PTX emulator against kernels that others' compilers made (installs Triton: a gigabyte)
 # make bench  the CPU benchmarks, into benchmarks/results
 # make docs   the documentation site, into build/docs
 # make gpu    everything that needs a GPU: tests, sanitizers, benchmarks (DRY_RUN=1: the same stages on the CPU)
@@ -27,9 +28,11 @@ PIP := $(PYTHON) -m pip --disable-pip-version-check
 JOBS ?= $(shell nproc)
 PYTEST = $(PYTHON) -m pytest -q --numprocesses $(JOBS) --dist worksteal
 TEST_NEEDS := build/.complete build/.test-packages build/.examples-packages build/.docs-packages
+# Elsewhere the corpus is left out where Triton is not installed: it is a gigabyte.
+TEST_NEEDS += $(if $(CI),build/.corpus-packages)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-slow bench docs gpu wheel wheel-test test-sanitizers test-aarch64 lint typecheck format clean help
+.PHONY: demo test test-slow test-corpus bench docs gpu wheel wheel-test test-sanitizers test-aarch64 lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -67,6 +70,9 @@ test: $(TEST_NEEDS)
 # One limit for all: a test of a whole program or of every barrier of a kernel takes minutes on an old machine.
 test-slow: $(TEST_NEEDS)
 	$(PYTEST) -m slow --timeout 1800 $(PYTEST_ARGS)
+
+test-corpus: $(TEST_NEEDS) build/.corpus-packages
+	$(PYTEST) tests/tools/corpus --timeout 1800 $(PYTEST_ARGS)
 
 bench: build/.runnable build/.bench-packages
 	$(PYTHON) -m benchmarks.run_cpu $(BENCH_ARGS)
