@@ -7,6 +7,7 @@ A test that cannot run here is skipped with a reason, and so is one that would b
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 SLOW = "slow, run by `make test-slow`"
 _deselected: Counter[str] = Counter()
 _started = time.monotonic()
+_connect = socket.socket.connect
+_network_allowed = False
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects by them
@@ -42,11 +45,25 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=MISSING))
 
 
+def _connect_here(self: socket.socket, address: Any) -> None:
+    """``socket.connect`` of a process that may reach itself only."""
+    far = self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost")
+    if far and not _network_allowed:
+        raise RuntimeError(f"a test reaches {address[0]}: only tests marked `network` may")
+    _connect(self, address)
+
+
+def pytest_configure() -> None:
+    socket.socket.connect = _connect_here  # type: ignore[method-assign]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--budget", type=float, metavar="SECONDS", help="tests that begin later are skipped, and counted")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    global _network_allowed
+    _network_allowed = item.get_closest_marker("network") is not None
     budget = item.config.getoption("--budget")
     if budget is not None and time.monotonic() - _started > budget:
         pytest.skip(f"not begun within the budget of {budget:g} s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,6 +116,11 @@ def test_paths_that_a_text_names_exist(path: Path) -> None:
     missing = {name for name in PATH.findall(text) if not exists(name, path.parent)}
     missing |= {name for name in FILE.findall(text) if name not in NAMES}
     assert not {name for name in missing if not ELSEWHERE.search(name)}
+
+
+def test_a_test_that_reaches_another_machine_fails_at_once() -> None:
+    with socket.socket() as outgoing, pytest.raises(RuntimeError, match=r"reaches 192\.0\.2\.1: only .* `network`"):
+        outgoing.connect(("192.0.2.1", 9))
 
 
 def test_every_place_pins_the_same_tools() -> None:
