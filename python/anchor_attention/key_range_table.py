@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .block_mask import make_block_mask
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -217,40 +219,8 @@ class KeyRangeTable:
         Raises:
             ValueError: As :meth:`to_dense`.
         """
-        from torch.nn.attention.flex_attention import BlockMask
-
         self._check_expressible_as_mask(n_queries, n_keys)
-        q_block, k_block = (block_size, block_size) if isinstance(block_size, int) else block_size
-        entries = self.entries()
-        key_bounds = sorted({0, n_keys, *self.k_ranges})
-        segments = list(itertools.pairwise(key_bounds))
-        group_of_query = torch.full((n_queries,), len(entries), device=device)
-        segment_of_key = torch.zeros(n_keys, dtype=torch.int64, device=device)
-        reads = torch.zeros(len(entries) + 1, max(len(segments), 1), dtype=torch.bool, device=device)
-        for s, (begin, end) in enumerate(segments):
-            segment_of_key[begin:end] = s
-        for g, ((q_begin, q_end), keys) in enumerate(entries):
-            group_of_query[q_begin:q_end] = g
-            for begin, end in keys:
-                reads[g, key_bounds.index(begin) : key_bounds.index(end)] = True
-
-        # Scores of a block = Σ over groups and segments of queries in it · reads · keys in it, exact in float64.
-        queries_in_block = _block_histogram(group_of_query, len(entries) + 1, q_block)
-        keys_in_block = _block_histogram(segment_of_key, reads.size(1), k_block)
-        scores = queries_in_block @ reads.double() @ keys_in_block.T
-        full = scores == q_block * k_block
-        partial = (scores > 0) & ~full
-
-        def mask_mod(b: torch.Tensor, h: torch.Tensor, q_idx: torch.Tensor, kv_idx: torch.Tensor) -> torch.Tensor:
-            return reads[group_of_query[q_idx], segment_of_key[kv_idx]]
-
-        return BlockMask.from_kv_blocks(
-            *_ordered_blocks(partial),
-            *_ordered_blocks(full),
-            BLOCK_SIZE=(q_block, k_block),
-            mask_mod=mask_mod,
-            seq_lengths=(n_queries, n_keys),
-        )
+        return make_block_mask(self, n_queries, n_keys, block_size, device)
 
     def picture(self, width: int = 64) -> str:
         """Draws who reads whom: a row per group of queries, ``width`` columns over the keys, ``█`` where they read."""
@@ -339,18 +309,3 @@ def _rows(name: str, ranges: Any) -> list[Slice]:
             raise ValueError(f"{name} must have shape (n, 2), got {tuple(tensor.shape)}")
         numbers = _integers(name, tensor.flatten())
     return list(zip(numbers[::2], numbers[1::2], strict=True))
-
-
-def _block_histogram(labels: torch.Tensor, n_labels: int, block: int) -> torch.Tensor:
-    """Counts the labels in each block of consecutive positions: (blocks, n_labels) float64."""
-    n_blocks = -(-labels.numel() // block)
-    blocks = torch.arange(labels.numel(), device=labels.device) // block
-    counts = torch.bincount(blocks * n_labels + labels, minlength=n_blocks * n_labels)
-    return counts.view(n_blocks, n_labels).double()
-
-
-def _ordered_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns a (rows, columns) bool matrix into FlexAttention's counts and index lists, (1, 1, rows[, columns])."""
-    counts = chosen.sum(-1).to(torch.int32)
-    order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
-    return counts[None, None], order[None, None]

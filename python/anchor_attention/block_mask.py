@@ -1,0 +1,102 @@
+"""A key-range table as a mask of FlexAttention, in memory of its ranges, its tokens and its blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from .key_range_table import KeyRangeTable
+
+
+def make_block_mask(
+    table: KeyRangeTable, n_queries: int, n_keys: int, block_size: int | tuple[int, int], device: Any
+) -> BlockMask:
+    """Makes the mask of a table whose groups read no key twice: see :meth:`KeyRangeTable.to_block_mask`."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    q_block, k_block = (block_size, block_size) if isinstance(block_size, int) else block_size
+    queries, offsets, keys = (
+        torch.tensor(numbers, dtype=torch.int64, device=device)
+        for numbers in (table.q_ranges, table.k_offsets, table.k_ranges)
+    )
+    queries, keys = queries.view(-1, 2), keys.view(-1, 2)
+    scores = _scores_per_block(queries, offsets, keys, (n_queries, n_keys), (q_block, k_block))
+    full = scores == q_block * k_block
+    partial = (scores > 0) & ~full
+
+    # Queries of no group belong to one more, which has no range; a range more lets every index be looked up.
+    n_groups = queries.size(0)
+    positions = torch.arange(n_queries, device=device)
+    group_of_query = torch.searchsorted(queries[:, 1].contiguous(), positions, right=True)
+    begins_later = queries.new_zeros(n_queries, dtype=torch.bool)
+    if n_groups:
+        begins_later = queries[group_of_query.clamp_max(n_groups - 1), 0] > positions
+    group_of_query = torch.where(begins_later, n_groups, group_of_query)
+    steps = int(offsets.diff().max()).bit_length() if n_groups else 0
+    offsets = torch.cat([offsets, offsets[-1:]])
+    begins, ends = torch.cat([keys, keys.new_zeros(1, 2)]).unbind(1)
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        group = group_of_query[q_idx]
+        first = low = offsets[group]
+        high = offsets[group + 1]
+        # The number of the group's ranges that begin at the key or before it, by halving: no branch, no loop over data.
+        for _ in range(steps):
+            middle = (low + high) // 2
+            before = (low < high) & (begins[middle] <= kv_idx)
+            low = torch.where(before, middle + 1, low)
+            high = torch.where(before, high, middle)
+        return (low > first) & (kv_idx < ends[torch.where(low > first, low - 1, 0)])
+
+    return BlockMask.from_kv_blocks(
+        *_ordered_blocks(partial),
+        *_ordered_blocks(full),
+        BLOCK_SIZE=(q_block, k_block),
+        mask_mod=mask_mod,
+        seq_lengths=(n_queries, n_keys),
+    )
+
+
+def _scores_per_block(
+    queries: Tensor, offsets: Tensor, keys: Tensor, lengths: tuple[int, int], blocks: tuple[int, int]
+) -> Tensor:
+    """Counts the scores in each block: (query blocks, key blocks) int64."""
+    (n_queries, n_keys), (q_block, k_block) = lengths, blocks
+    n_rows, n_columns = -(-n_queries // q_block), -(-n_keys // k_block)
+    # Every group meets some rows of blocks, each with some of its queries; every range of it is read by these.
+    first_row = queries[:, 0] // q_block
+    group, step = _expand((queries[:, 1] - 1) // q_block - first_row + 1)
+    row = first_row[group] + step
+    n_readers = torch.minimum(queries[group, 1], (row + 1) * q_block) - torch.maximum(queries[group, 0], row * q_block)
+    meeting, step = _expand(offsets.diff()[group])
+    row, n_readers = row[meeting], n_readers[meeting]
+    begin, end = keys[offsets[:-1][group[meeting]] + step].unbind(1)
+    first, last = begin // k_block, (end - 1) // k_block
+    # A range fills the blocks between its first and its last one.
+    counts = queries.new_zeros(2, n_rows * (n_columns + 1))
+    at = row * (n_columns + 1)
+    several = last > first
+    counts[0].index_add_(0, at + first, n_readers * (torch.minimum(end, (first + 1) * k_block) - begin))
+    counts[0].index_add_(0, at + last, n_readers * (end - last * k_block) * several)
+    counts[1].index_add_(0, at + first + 1, n_readers * k_block * several)
+    counts[1].index_add_(0, at + last, -n_readers * k_block * several)
+    at_ends, between = counts.view(2, n_rows, n_columns + 1)[:, :, :n_columns]
+    return at_ends + between.cumsum(1)
+
+
+def _expand(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For counts (2, 1, 3): which entry, (0, 0, 1, 2, 2, 2), and the step within it, (0, 1, 0, 0, 1, 2)."""
+    entry = torch.repeat_interleave(counts)
+    return entry, torch.arange(entry.numel(), device=counts.device) - (counts.cumsum(0) - counts)[entry]
+
+
+def _ordered_blocks(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns a (rows, columns) bool matrix into FlexAttention's counts and index lists, (1, 1, rows[, columns])."""
+    counts = chosen.sum(-1).to(torch.int32)
+    order = torch.argsort(chosen.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
+    return counts[None, None], order[None, None]
