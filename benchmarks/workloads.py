@@ -49,6 +49,7 @@ class Workload:
         batch: Samples per call.
         cached: Whether the anchors come from a cache instead of the input.
         min_real: Smallest share of real tokens in a sample, the rest being padding; ``None`` without padding.
+        packed: Whether the branches are samples on one axis, which have nothing to do with each other.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Workload:
     batch: int = 1
     cached: bool = False
     min_real: float | None = None
+    packed: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -68,8 +70,8 @@ class Workload:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """The patterns that its number of branches allows."""
-        return PATTERNS if len(self.branches) > 1 else PATTERNS[:1]
+        """The patterns that its branches allow."""
+        return PATTERNS if len(self.branches) > 1 and not self.packed else PATTERNS[:1]
 
     @cached_property
     def token_specs(self) -> tuple[TokenSpec, ...]:
@@ -150,6 +152,15 @@ def _three(*sizes: int) -> tuple[Branch, ...]:
     return tuple(Branch(name, size, size) for name, size in zip(("surface", "volume", "wheels"), sizes, strict=True))
 
 
+def _reads(queries: int, keys: int) -> tuple[Branch, ...]:
+    """Queries that read cached keys; no key is a query."""
+    return (Branch("latent", keys, queries),)
+
+
+def _samples(number: int, tokens: int) -> tuple[Branch, ...]:
+    return tuple(Branch(f"sample{i:04}", tokens) for i in range(number))
+
+
 CPU = (
     Workload("drivaer_train", 192, 3, _two(2048), "self"),
     Workload("scaled_train", 384, 6, (Branch("surface", 1000), Branch("volume", 2000)), "cross"),
@@ -161,6 +172,12 @@ CPU = (
     Workload("wells", 576, 12, _two(512, 1024), "self"),
     Workload("wide_heads", 1024, 4, (Branch("surface", 512, 2048),), "self", passes=PASSES[:1]),
     Workload("divfree_train", 192, 3, _two(512, 3072), passes=PASSES[1:]),
+    Workload("latent_encode", 192, 3, _reads(64, 16384), "self", cached=True),
+    Workload("latent_encode_512", 192, 3, _reads(512, 16384), "self", cached=True),
+    Workload("latent_decode", 192, 3, _reads(16384, 64), "self", cached=True),
+    Workload("latent_decode_512", 192, 3, _reads(16384, 512), "self", cached=True),
+    Workload("packed_small", 192, 3, _samples(256, 64), "self", packed=True),
+    Workload("one_range_hd256", 1024, 4, _reads(2048, 512), "self", cached=True),
 )
 GPU_BRANCHES: dict[str, tuple[Branch, ...]] = {
     "drivaer_train": _two(16384),
@@ -173,6 +190,12 @@ GPU_BRANCHES: dict[str, tuple[Branch, ...]] = {
     "wells": _two(4096, 8192),
     "wide_heads": (Branch("surface", 512, 8192),),
     "divfree_train": _two(4096, 24576),
+    "latent_encode": _reads(64, 1_000_000),
+    "latent_encode_512": _reads(512, 1_000_000),
+    "latent_decode": _reads(1_000_000, 64),
+    "latent_decode_512": _reads(1_000_000, 512),
+    "packed_small": _samples(4096, 64),
+    "one_range_hd256": _reads(16384, 4096),
 }
 GPU = tuple(
     replace(workload, branches=GPU_BRANCHES[workload.name], batch=8 if workload.name == "ragged_batch" else 1)
