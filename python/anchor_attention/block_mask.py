@@ -86,7 +86,8 @@ def _scores_per_block(
     counts[1].index_add_(0, at + first + 1, n_readers * k_block * several)
     counts[1].index_add_(0, at + last, -n_readers * k_block * several)
     at_ends, between = counts.view(2, n_rows, n_columns + 1)[:, :, :n_columns]
-    return at_ends + between.cumsum(1)
+    scores: Tensor = at_ends + between.cumsum(1)
+    return scores
 
 
 def _expand(counts: Tensor) -> tuple[Tensor, Tensor]:
