@@ -52,6 +52,24 @@ def test_items_whose_keys_are_all_masked_between_others(multiprocessors: int) ->
     assert not out[1].any() and not out[2, 200:].any() and np.isneginf(lse[2, 0, 200:]).all()
 
 
+# Warps of a block: keys, values and zeroing, a fourth that does nothing, then four of each consumer.
+LATE_WARPS = {
+    "nobody": (), "keys": (0,), "values": (1,), "zeroing": (2,), "loads": (0, 1, 2), "one consumer": (9,),
+    "first consumers": (4, 5, 6, 7), "last consumers": (12, 13, 14, 15),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("late", LATE_WARPS)
+def test_items_without_keys_in_a_row(late: str) -> None:
+    """However late a warp is, the others wait for it: more items than the ring has rounds, before and after keys."""
+    table: Table = [((0, 1400), []), ((1400, 1500), [(0, 200)]), ((1500, 3300), []), ((3300, 3500), [(3, 290)])]
+    for seed in range(2):
+        case = make_case(n_queries=3500, n_keys=300, table=table, generation="sm90")
+        case.run = KernelRun(generation="sm90", multiprocessors=1, seed=seed, reluctant_warps=LATE_WARPS[late])
+        out, lse = case.check_forward()
+        assert not out[0, :1400].any() and np.isneginf(lse[0, 0, 1500:3300]).all()
+
+
 def test_bits_do_not_depend_on_the_order_of_warps_and_blocks() -> None:
     results = []
     for seed in range(4):

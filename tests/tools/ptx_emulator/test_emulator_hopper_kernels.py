@@ -120,16 +120,21 @@ def hopper_case(n_queries: int, n_keys: int, table: Table, keep: float | None = 
 
 
 def forward_runs() -> list[Callable[[int], None]]:
-    """Whole and partial tiles, warpgroups without rows, an item without keys, blocks that take several items."""
+    """Whole and partial tiles, warpgroups without rows, items without keys, blocks that take several items.
+
+    Of items without keys many in a row, while the warp that loads the values is late.
+    """
     table: Table = [((0, 270), [(0, 130), (150, 400)]), ((270, 330), [(10, 200)]), ((330, 390), []),
                     ((390, 500), [(0, 128)])]  # fmt: skip
-    cases = [hopper_case(500, 400, table), hopper_case(200, 400, [((0, 200), [(0, 400)])], keep=0.9)]
+    without_keys = hopper_case(1700, 100, [((0, 1600), []), ((1600, 1700), [(0, 100)])], heads=1)
+    cases = [(hopper_case(500, 400, table), ()), (hopper_case(200, 400, [((0, 200), [(0, 400)])], keep=0.9), ()),
+             (without_keys, (1,))]  # fmt: skip
 
-    def run(case: Case, seed: int) -> None:
-        case.run = KernelRun(generation="sm90", seed=seed, multiprocessors=1)
+    def run(case: Case, late: tuple[int, ...], seed: int) -> None:
+        case.run = KernelRun(generation="sm90", seed=seed, multiprocessors=1, reluctant_warps=late)
         case.forward()
 
-    return [lambda seed, case=case: run(case, seed) for case in cases]
+    return [lambda seed, case=case, late=late: run(case, late, seed) for case, late in cases]
 
 
 def backward_runs(*wanted: str) -> list[Callable[[int], None]]:
@@ -160,6 +165,10 @@ UNNOTICED = {
         r"try_wait.* wait_for\(control\(\).k_full\); < pass_over\(\);": (
             2,
             "the turn that comes next is passed on by a warpgroup that has waited; without keys, the caller has waited",
+        ),
+        r"try_wait.* wait_for\(control\(\).v_full\); < pass_over\(\); < ForwardConsumer": (
+            1,
+            "another warpgroup has rows of the item and waits for its values; taking turns keeps this one beside it",
         ),
         r"bar\.warp\.sync .*release\(control\(\).v_empty, ring_.stage\); < pass_over": (
             2,

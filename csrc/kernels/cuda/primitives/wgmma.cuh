@@ -24,8 +24,8 @@ struct MatrixTypeName<MatrixType::f16> {
 
 // Operand in shared memory whose rows of 16-byte chunks are permuted as a bulk tensor copy does for rows of
 // kSwizzleBytes. `group_stride`: bytes between groups of eight rows; `slab_stride`: between neighbouring slabs of
-// kSwizzleBytes along the contiguous axis, used where that is the outer axis and longer than a slab. A slab begins at a
-// multiple of eight rows; steps along a contiguous contracted axis add their bytes to `shared`.
+// kSwizzleBytes along the contiguous axis where that is the outer axis and longer than a slab, elsewhere 0. A slab
+// begins at a multiple of eight rows; steps along a contiguous contracted axis add their bytes to `shared`.
 template <int kSwizzleBytes>
 __device__ inline uint64_t matrix_descriptor(uint32_t shared, uint32_t group_stride, uint32_t slab_stride) {
   static_assert(kSwizzleBytes == 32 || kSwizzleBytes == 64 || kSwizzleBytes == 128, "a swizzle of the hardware");

@@ -86,8 +86,8 @@ __device__ inline void multiply_channels(float (&scores)[Traits::kScores], uint3
 template <class P, int kHeadDim, class Traits = BackwardTraits<P, kHeadDim>>
 __device__ inline void multiply_queries(float (&gradient)[Traits::kKeyGradient],
                                         const ScoreOperand<Traits::kScores>& scores, uint32_t rows) {
-  const uint64_t b =
-      ptx::matrix_descriptor<Traits::kRowBytes>(rows, Traits::kGroupStride, Traits::kQueries * Traits::kRowBytes);
+  constexpr uint32_t kBlockStride = kHeadDim > Traits::kTile.channels ? Traits::kQueries * Traits::kRowBytes : 0;
+  const uint64_t b = ptx::matrix_descriptor<Traits::kRowBytes>(rows, Traits::kGroupStride, kBlockStride);
 #pragma unroll
   for (int step = 0; step < Traits::kQueries / 16; ++step) {
     ptx::Wgmma<kHeadDim>::template multiply<Traits::kType, ptx::Major::outer>(
@@ -107,8 +107,9 @@ __device__ inline void multiply_keys(float (&gradient)[Traits::kQueryGradient], 
   constexpr int kShareOfKeys = kShareQueries ? 0 : kChannelBlocks * kBackwardKeys * Traits::kRowBytes;
   const uint64_t a =
       ptx::matrix_descriptor<kScoreRowBytes>(score_gradients + warpgroup * kShareOfScores, 8 * kScoreRowBytes, 0);
-  const uint64_t b = ptx::matrix_descriptor<Traits::kRowBytes>(keys + warpgroup * kShareOfKeys, Traits::kGroupStride,
-                                                               kBackwardKeys * Traits::kRowBytes);
+  constexpr uint32_t kBlockStride = kChannelBlocks > 1 ? kBackwardKeys * Traits::kRowBytes : 0;
+  const uint64_t b =
+      ptx::matrix_descriptor<Traits::kRowBytes>(keys + warpgroup * kShareOfKeys, Traits::kGroupStride, kBlockStride);
   forget(gradient);
 #pragma unroll
   for (int key = 0; key < kBackwardKeys; key += 16) {

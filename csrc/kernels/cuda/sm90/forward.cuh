@@ -149,6 +149,9 @@ class ForwardConsumer {
       take_turn();
       pass_turn();
       flags = read_note().flags;
+      // Nobody else holds this warpgroup back: without a wait it would give a buffer of values back before they have
+      // come and, two rounds of the ring later, what the loading warp waits for would look like what it has had.
+      wait_for(control().v_full);
       release(control().v_empty, ring_.stage);
       ring_.advance();
     } while ((flags & kLastOfItem) == 0);
@@ -262,7 +265,8 @@ class ForwardConsumer {
   // r_out += P V.
   __device__ void multiply_values(float (&r_out)[Traits::kOutputs],
                                   const uint32_t (&r_probabilities)[Traits::kProbabilities][4], uint32_t stage) const {
-    const uint64_t v = ptx::matrix_descriptor<kSpan>(shared_.v_tile(stage), 8 * kSpan, Traits::kKeys * kSpan);
+    constexpr uint32_t kSlabStride = Traits::kSlabs > 1 ? Traits::kKeys * kSpan : 0;
+    const uint64_t v = ptx::matrix_descriptor<kSpan>(shared_.v_tile(stage), 8 * kSpan, kSlabStride);
 #pragma unroll
     for (int k = 0; k < Traits::kProbabilities; ++k) {
       ptx::Wgmma<kHeadDim>::template multiply<Traits::kType, ptx::Major::outer>(r_out, r_probabilities[k],
