@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tools.cuda_plans import plans
+from tools.cuda_plans.build import inputs, source_file
 
 _PRECISIONS = {"bfloat16": 0, "float16": 1, "tf32": 2, "tf32x3": 3}
 _ALIGNED = 1 << 20  # an address that nobody follows
@@ -182,3 +183,12 @@ def test_other_unsupported_arguments() -> None:
         plans().plan_attention_backward(make_fields([], grad_k=_ALIGNED + 8))
     with pytest.raises(ValueError, match="grad_q_freqs is asked for without q_freqs"):
         plans().plan_attention_backward(make_fields([], grad_q_freqs=_ALIGNED))
+
+
+def test_what_a_change_compiles_again() -> None:
+    """The files that an instantiation includes, and no others: not those of the other generation, nor the host's."""
+    for name, other in (("attention_bfloat16_64", "sm90"), ("sm90_backward_bfloat16_64", "sm80")):
+        read = [path.as_posix() for path in inputs([source_file(name)])]
+        assert any(path.endswith("csrc/params.h") for path in read)
+        assert any(path.endswith("primitives/exp2.cuh") for path in read)
+        assert not any(f"/{other}/" in path or "/host/" in path or "/cpu/" in path for path in read)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -34,12 +34,25 @@ def _plan_sources() -> tuple[Path, ...]:
     return (Path(__file__).parent / "bindings.cpp", *(_ROOT / name for name in listed.split()))
 
 
+_INCLUDED = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
+
 @cache
-def _headers_digest() -> str:
-    digest = hashlib.sha256()
-    for path in sorted([*_CSRC.glob("*.h"), *_CUDA.rglob("*.h"), *_CUDA.rglob("*.cuh")]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+def _includes(source: Path) -> frozenset[Path]:
+    """The project's files that a file includes."""
+    named = (source.parent / name if (source.parent / name).exists() else _CSRC / name
+             for name in _INCLUDED.findall(source.read_text()))  # fmt: skip
+    return frozenset(path.resolve() for path in named if path.exists())
+
+
+def inputs(sources: Iterable[Path]) -> list[Path]:
+    """Sources and what they include, directly or not: what a change of any other file leaves as it is."""
+    found: set[Path] = set()
+    new = {path.resolve() for path in sources}
+    while new:
+        found |= new
+        new = {path for source in new for path in _includes(source)} - found
+    return sorted(found)
 
 
 def _cached(
@@ -49,9 +62,9 @@ def _cached(
 
     With `keep_report` what the command prints is kept in place of its output.
     """
-    digest = hashlib.sha256((_headers_digest() + salt).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
+    digest = hashlib.sha256(salt.encode())
+    for path in inputs(sources):
+        digest.update(str(path.relative_to(_ROOT)).encode() + b"\0" + path.read_bytes())
     target = _ROOT / "build" / kind / digest.hexdigest()[:16] / name
     if target.exists():
         return target
