@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
-from . import ops
+from . import _context, ops
 from .key_range_table import KeyRangeTable
 from .reference import anchor_attention_reference, rope_reference
 
@@ -23,26 +23,28 @@ def _checked_backend(name: str) -> str:
     return name
 
 
-_backend = _checked_backend(os.environ.get(BACKEND_VARIABLE, "fused"))
+_context.DEFAULT_BACKEND = _checked_backend(os.environ.get(BACKEND_VARIABLE, _context.DEFAULT_BACKEND))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "_backend":
+        return _context.backend
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Runs the functional calls inside the ``with`` block, those of the modules included, on a back-end.
 
-    ``"fused"`` (the default) is the compiled operation, ``"reference"`` plain PyTorch. The environment variable
+    ``"fused"`` (the default) is the compiled operation, ``"reference"`` plain PyTorch. The block acts on its own thread
+    (its own task under asyncio) and ends with it; in a generator, while the generator runs. The environment variable
     ``ANCHOR_ATTENTION_BACKEND`` chooses for the whole process.
 
     Raises:
         ValueError: If there is no such back-end.
     """
-    global _backend
-    previous = _backend
-    _backend = _checked_backend(name)
-    try:
+    with _context.BackendBlock(_checked_backend(name)):
         yield
-    finally:
-        _backend = previous
 
 
 @overload
@@ -118,7 +120,7 @@ def anchor_attention(
         RuntimeError: If a shape, dtype, device, stride or range does not fit; the text names the argument and value.
     """
     q, k, v = _autocast(q, k, v)
-    if _backend == "reference":
+    if _context.backend == "reference":
         return anchor_attention_reference(
             q, k, v, table, q_freqs=q_freqs, k_freqs=k_freqs, key_mask=key_mask, scale=scale, return_lse=return_lse
         )
@@ -146,7 +148,7 @@ def rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
 
     Source: Su et al., RoFormer, arXiv:2104.09864.
     """
-    if _backend == "reference":
+    if _context.backend == "reference":
         return rope_reference(x, freqs)
     call = torch.ops.anchor_attention.rope.default if torch.compiler.is_compiling() else ops.rope
     rotated: torch.Tensor = call(x, freqs)

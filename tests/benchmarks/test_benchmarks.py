@@ -407,6 +407,24 @@ def test_command_line_times_a_shape(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "either --group and --attend, or --ranges" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "gpu"], "--device 'gpu' can't be used: "),
+        (["--device", "meta"], "--device 'meta' can't be used: it holds no data"),
+        (["--device", "cuda:99"], "--device 'cuda:99' can't be used: "),
+        (["--batch", "0"], "argument --batch: must be a positive whole number, got '0'"),
+        (["--rounds", "1.5"], "argument --rounds: must be a positive whole number, got '1.5'"),
+    ],
+)
+def test_the_command_refuses_what_it_can_not_time(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        benchmark_main(["--ranges", "0-10:0-10", *arguments])
+    assert message in capsys.readouterr().err
+
+
 def test_the_verdict_names_the_winner() -> None:
     def record(name: str, *ratios: float) -> dict[str, object]:
         return {"name": name, "time_relative_to_ours": timing.Quartiles(*ratios)}

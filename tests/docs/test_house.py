@@ -36,7 +36,7 @@ EVERY_PART = {"anchor_attention", "tools", "benchmarks", "scripts", "examples", 
 
 # Layers of the package, lowest first: a module imports from its own layer and those below.
 LAYERS = (
-    {"_library", "_version", "vmap"},
+    {"_context", "_library", "_version", "vmap"},
     {"block_mask", "ops", "key_range_table", "patterns"},
     {"reference", "converters"},
     {"functional"},

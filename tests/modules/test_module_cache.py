@@ -174,3 +174,17 @@ def test_a_cache_does_not_keep_the_projections_of_unread_tokens_alive() -> None:
     for entry in cache.values():
         for tensor in entry.values():
             assert tensor.untyped_storage().nbytes() <= 5 * DIM * tensor.element_size()
+
+
+@pytest.mark.parametrize("fresh_anchors", [None, 4])
+def test_a_cache_of_another_dtype_is_read_in_the_dtype_of_the_queries(fresh_anchors: int | None) -> None:
+    module = make(JointAnchorAttention)
+    with torch.no_grad():
+        _, cache = module(torch.randn(1, 9, DIM), specs(surface_anchors=4, volume_anchors=5), return_kv_cache=True)
+        x = torch.randn(1, 6 + (fresh_anchors or 0), DIM)
+        token_specs = specs(surface_anchors=fresh_anchors, surface_queries=6, volume_anchors=None)
+        for dtype in (torch.bfloat16, torch.float64):
+            other = {name: {kind: part.to(dtype) for kind, part in entry.items()} for name, entry in cache.items()}
+            same = {name: {kind: part.float() for kind, part in entry.items()} for name, entry in other.items()}
+            out = module(x, token_specs, kv_cache=other)
+            assert out.dtype == torch.float32 and torch.equal(out, module(x, token_specs, kv_cache=same))

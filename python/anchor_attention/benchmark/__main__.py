@@ -156,6 +156,13 @@ def verdict(records: Sequence[dict[str, Any]]) -> str:
     return f"{best} won: {OURS} takes {1 / median:.2f} times as long."
 
 
+def positive(text: str) -> int:
+    """A positive number of the command line."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(
@@ -167,14 +174,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--group", action="append", default=[], metavar="NAME=SIZE", help="a token group")
     result.add_argument("--attend", action="append", default=[], metavar="QUERIES:KEYS", help="who reads whom")
     result.add_argument("--ranges", action="append", default=[], metavar="Q-Q:K-K", help="a query and a key range")
-    result.add_argument("--batch", type=int, default=1)
-    result.add_argument("--heads", type=int, default=3)
-    result.add_argument("--head-dim", type=int, default=64)
+    result.add_argument("--batch", type=positive, default=1)
+    result.add_argument("--heads", type=positive, default=3)
+    result.add_argument("--head-dim", type=positive, default=64)
     result.add_argument("--dtype", choices=DTYPES, default="float32")
     result.add_argument("--pass", dest="passes", choices=PASSES, default=FORWARD)
     result.add_argument("--peer", action="append", choices=[name for name in PEERS if name != OURS], default=[])
-    result.add_argument("--rounds", type=int, default=11)
-    result.add_argument("--threads", type=int, default=None, help="default: torch's own choice")
+    result.add_argument("--rounds", type=positive, default=11)
+    result.add_argument("--threads", type=positive, default=None, help="default: torch's own choice")
     result.add_argument("--device", default="cpu")
     result.add_argument("--json", type=Path, default=None, help="writes the raw times here")
     return result
@@ -184,6 +191,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; see ``--help``."""
     command = parser()
     arguments = command.parse_args(argv)
+    try:
+        # Nothing but a tensor tells whether a device can be used.
+        if torch.empty(1, device=arguments.device).is_meta:
+            raise RuntimeError("it holds no data")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        command.error(f"--device {arguments.device!r} can't be used: {str(error).splitlines()[0]}")
     if bool(arguments.ranges) == bool(arguments.group):
         command.error("give either --group and --attend, or --ranges")
     arguments.peer = arguments.peer or ["eager", "sdpa_per_pattern"]

@@ -36,7 +36,7 @@ def cached_size(name: str, entry: CacheEntry, batch: int, heads: int, head_dim: 
 
 
 def append_cached(
-    fresh: tuple[Tensor, Tensor] | None, fresh_mask: Tensor | None, entries: Sequence[CacheEntry]
+    fresh: tuple[Tensor, Tensor] | None, fresh_mask: Tensor | None, entries: Sequence[CacheEntry], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Puts cached keys and values behind the fresh ones.
 
@@ -44,6 +44,7 @@ def append_cached(
         fresh: k and v, (B, tokens, H, D), or ``None`` if the cache is all there is.
         fresh_mask: (B, tokens) bool of the fresh keys, ``None`` where all are real.
         entries: Entries of the cache, at least one.
+        dtype: Of the queries, to which cached keys and values are converted.
 
     Returns:
         k and v (B, Nk, H, D), and their mask (B, Nk), ``None`` if no part has one.
@@ -52,8 +53,8 @@ def append_cached(
     values = [] if fresh is None else [fresh[1]]
     masks = [] if fresh is None else [fresh_mask]
     for entry in entries:
-        keys.append(entry["k"].transpose(1, 2))
-        values.append(entry["v"].transpose(1, 2))
+        keys.append(entry["k"].to(dtype).transpose(1, 2))
+        values.append(entry["v"].to(dtype).transpose(1, 2))
         masks.append(entry.get("mask"))
     key_mask = None
     if any(mask is not None for mask in masks):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._context import interceptable
 from ..functional import anchor_attention, rope
 from ..key_range_table import KeyRangeTable
 from ..patterns import AttentionPattern, TokenSpec
@@ -59,6 +60,7 @@ class MixedAttention(nn.Module):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
+    @interceptable
     def forward(
         self,
         x: Tensor,
@@ -240,7 +242,7 @@ def attend(
         k, k_freqs = rope(k, k_freqs), None
     if kv_cache is not None and plan.cached_names:
         fresh = (k, v) if plan.read_slices else None
-        k, v, key_mask = append_cached(fresh, key_mask, [kv_cache[name] for name in plan.cached_names])
+        k, v, key_mask = append_cached(fresh, key_mask, [kv_cache[name] for name in plan.cached_names], q.dtype)
     cache = None
     if return_kv_cache:
         # Views of the packed projection would keep all of it alive for as long as the cache.

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .._context import interceptable
 from ..patterns import AttentionPattern, TokenSpec
 from .config import MultiBranchAnchorAttentionConfig, resolve_config
 from .errors import MissingAnchorTokenError, MissingBranchTokensError, UnexpectedTokenError
@@ -40,6 +41,7 @@ class MultiBranchAnchorAttention(nn.Module):
         self.branches = resolved.branches
         self.anchor_suffix = resolved.anchor_suffix
 
+    @interceptable
     def forward(
         self,
         x: Tensor,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import collections.abc
+import copy
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..modules.kv_cache import join_tokens
-from .tensor_file import load_tensors, save_tensors
+from .cache_file import load_file, save_file
 
-FORMAT = "anchor_attention.cache.1"
+FORMAT = "anchor_attention.cache.2"
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,19 @@ class Cache:
     in it; other tensors (embedded conditions, say) are carried along. Masks of ragged batches are in it, too.
 
     Args:
-        tree: The nested structure. Keys of dictionaries are strings; leaves are tensors, ``None``, numbers, strings.
+        tree: The nested structure; NamedTuples are tuples. Keys of dictionaries are strings; leaves are tensors,
+            ``None``, numbers, strings.
 
     Raises:
         ValueError: If it holds something else.
     """
 
     def __init__(self, tree: Any) -> None:
-        _structure(tree, "", {})
+        for path, leaf in _leaves(tree, ""):
+            if not (leaf is None or isinstance(leaf, (Tensor, bool, int, float, str))):
+                raise ValueError(
+                    f"the cache must hold tensors, numbers, strings, got {type(leaf).__name__} at {path!r}"
+                )
         self.tree = tree
 
     @property
@@ -58,12 +65,15 @@ class Cache:
 
     def tensors(self) -> Iterator[Tensor]:
         """Yields every tensor."""
-        tensors: dict[str, Tensor] = {}
-        _structure(self.tree, "", tensors)
-        yield from tensors.values()
+        for _, leaf in _leaves(self.tree, ""):
+            if isinstance(leaf, Tensor):
+                yield leaf
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cache:
-        """Returns the cache on a device, its floating-point tensors in a dtype. What fits already is not copied."""
+        """Returns the cache on a device, its floating-point tensors in a dtype. What fits already is not copied.
+
+        Keys and values of a layer whose groups fit together come to lie one behind the other, as a call reads them.
+        """
 
         def convert(tensor: Tensor) -> Tensor:
             return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
@@ -71,27 +81,46 @@ class Cache:
         return Cache(_packed(_mapped(self.tree, convert)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file; it appears whole or not at all.
+        """Writes a file with a checksum; it appears whole or not at all. ``torch.load`` opens it, too.
 
         Raises:
-            ValueError: If a dtype can't be stored.
+            ValueError: If a tensor has no data of its own to store: a sparse one, one on the meta device, a subclass.
         """
-        tensors: dict[str, Tensor] = {}
-        structure = _structure(self.tree, "", tensors)
-        save_tensors(tensors, path, {"format": FORMAT, "structure": json.dumps(structure)})
+        for place, leaf in _leaves(self.tree, ""):
+            if isinstance(leaf, Tensor) and (
+                type(leaf) not in (Tensor, torch.nn.Parameter) or leaf.layout != torch.strided or leaf.is_meta
+            ):
+                raise ValueError(
+                    f"tensors of a saved cache must be dense and hold data, got a {type(leaf).__name__} of layout "
+                    f"{leaf.layout} on {leaf.device} at {place!r}"
+                )
+        covered: dict[int, int] = {}
+        for begin, tensor in {_place(tensor): tensor for tensor in self.tensors()}.items():
+            covered[begin[0]] = covered.get(begin[0], 0) + tensor.numel() * tensor.element_size()
+
+        def stored(tensor: Tensor) -> Tensor:
+            # Of a view, all the memory behind it would be written.
+            partly = covered[_place(tensor)[0]] < tensor.untyped_storage().nbytes()
+            tensor = tensor.detach()
+            return (tensor.clone(memory_format=torch.contiguous_format) if partly else tensor).cpu()
+
+        save_file({"format": FORMAT, "tree": _encoded(_mapped(self.tree, stored))}, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str | None = None) -> Cache:
-        """Reads what :meth:`save` wrote.
+        """Reads what :meth:`save` wrote into memory.
+
+        NamedTuples come back as their class where the program has it, else as one of the same names.
 
         Raises:
-            ValueError: If the file is none of these.
+            ValueError: If the file is none of these, or damaged.
         """
-        tensors, metadata = load_tensors(path)
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} must be a file of the format {FORMAT!r}, got {metadata.get('format')!r}")
-        tree = _restored(json.loads(metadata["structure"]), tensors)
-        return cls(_packed(tree)) if device is None else cls(tree).to(device)
+        content = load_file(path)
+        form = content.get("format") if isinstance(content, dict) else None
+        if form != FORMAT:
+            raise ValueError(f"{path} must be a file of the format {FORMAT!r}, got {form!r}")
+        tree = _packed(_decoded(content["tree"]))
+        return cls(tree) if device is None else cls(tree).to(device)
 
     def costs(self) -> list[LayerCost]:
         """What each layer holds and costs, in order."""
@@ -124,50 +153,86 @@ def _place(tensor: Tensor) -> tuple[int, int, tuple[int, ...]]:
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tuple(tensor.shape)
 
 
-def _structure(tree: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Returns the tree as JSON, with paths in place of the tensors, and collects these."""
-    if isinstance(tree, Tensor):
-        if path in tensors:
-            raise ValueError(f"two tensors of the cache would be called {path!r}: rename a key that holds a '/'")
-        tensors[path] = tree
-        return {"tensor": path}
-    if isinstance(tree, Mapping):
-        if not all(isinstance(key, str) for key in tree):
-            raise ValueError(f"keys of the cache must be strings, got {list(tree)} at {path!r}")
-        return {
-            "dict": {key: _structure(value, f"{path}/{key}" if path else key, tensors) for key, value in tree.items()}
-        }
-    if isinstance(tree, (list, tuple)):
-        kind = "list" if isinstance(tree, list) else "tuple"
-        return {kind: [_structure(value, _below(path, i), tensors) for i, value in enumerate(tree)]}
-    if tree is None or isinstance(tree, (bool, int, float, str)):
-        return {"value": tree}
-    raise ValueError(f"the cache must hold tensors, numbers and strings, got {type(tree).__name__} at {path!r}")
-
-
 def _below(path: str, key: object) -> str:
     return f"{path}/{key}" if path else str(key)
 
 
-def _restored(structure: Any, tensors: Mapping[str, Tensor]) -> Any:
-    ((kind, content),) = structure.items()
-    if kind == "tensor":
-        return tensors[content]
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yields what is in the tree and no container, with where it is."""
+    if isinstance(tree, Mapping):
+        if not all(isinstance(key, str) for key in tree):
+            raise ValueError(f"keys of the cache must be strings, got {list(tree)} at {path!r}")
+        for key, value in tree.items():
+            yield from _leaves(value, _below(path, key))
+    elif isinstance(tree, (list, tuple)):
+        for i, value in enumerate(tree):
+            yield from _leaves(value, _below(path, i))
+    else:
+        yield path, tree
+
+
+def _encoded(tree: Any) -> Any:
+    """The tree of plain classes alone, which can be read without running code of the file."""
+    if isinstance(tree, Mapping):
+        return {"dict": {str(key): _encoded(value) for key, value in tree.items()}}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        kind = type(tree)
+        return {
+            "namedtuple": [_encoded(value) for value in tree],
+            "fields": list(kind._fields),
+            "class": [kind.__module__, kind.__qualname__],
+        }
+    if isinstance(tree, (list, tuple)):
+        return {"list" if isinstance(tree, list) else "tuple": [_encoded(value) for value in tree]}
+    for plain in (bool, int, float, str):
+        if isinstance(tree, plain):
+            # Numbers of NumPy and enumerations are subclasses, which a file could only name.
+            return {"value": plain(tree)}
+    return {"value": tree}
+
+
+def _decoded(node: Any) -> Any:
+    kind, content = next(iter(node.items()))
     if kind == "dict":
-        return {key: _restored(value, tensors) for key, value in content.items()}
-    if kind in ("list", "tuple"):
-        values = [_restored(value, tensors) for value in content]
-        return values if kind == "list" else tuple(values)
+        return {key: _decoded(value) for key, value in content.items()}
+    if kind == "list":
+        return [_decoded(value) for value in content]
+    if kind == "tuple":
+        return tuple(_decoded(value) for value in content)
+    if kind == "namedtuple":
+        module, name = node["class"]
+        return _named_tuple(module, name, node["fields"])(*(_decoded(value) for value in content))
     return content
+
+
+def _named_tuple(module: str, name: str, fields: list[str]) -> Any:
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if isinstance(found, type) and issubclass(found, tuple) and getattr(found, "_fields", None) == tuple(fields):
+        return found
+    return collections.namedtuple(name.rpartition(".")[2], fields)
+
+
+def _rebuilt(tree: Any, values: list[Any]) -> Any:
+    """A container like the given one, with other values."""
+    if isinstance(tree, Mapping):
+        items = dict(zip(tree, values, strict=True))
+        if type(tree) is dict or not isinstance(tree, collections.abc.MutableMapping):
+            return items
+        # What a subclass has beside its items (an order, a default) stays.
+        other = copy.copy(tree)
+        other.update(items)
+        return other
+    return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
 
 
 def _mapped(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return function(tree)
-    if isinstance(tree, Mapping):
-        return {key: _mapped(value, function) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_mapped(value, function) for value in tree)
+    if isinstance(tree, (Mapping, list, tuple)):
+        values = tree.values() if isinstance(tree, Mapping) else tree
+        return _rebuilt(tree, [_mapped(value, function) for value in values])
     return tree
 
 
@@ -196,23 +261,31 @@ def _layers(tree: Any, path: str) -> Iterator[tuple[str, Mapping[str, Mapping[st
         yield from _layers(value, f"{path}/{key}" if path else str(key))
 
 
+def _fits_together(entries: list[Mapping[str, Tensor]]) -> bool:
+    """Whether the groups of a layer can be one tensor of keys and one of values without changing any."""
+    for kind in ("k", "v"):
+        parts = [entry[kind] for entry in entries]
+        if any(part.dim() != 4 or part.layout != torch.strided for part in parts):
+            return False
+        if len({(part.dtype, part.device, part.shape[:2], part.shape[3:], part.is_conj()) for part in parts}) > 1:
+            return False
+    return True
+
+
 def _packed(tree: Any) -> Any:
     """Lays the groups of each layer one behind the other in memory, as the call that made them did.
 
     Then a call that reads several of them needs no copy; see ``modules.kv_cache``.
     """
-    if _is_layer(tree):
-        if len({entry["k"].shape[:2] + entry["k"].shape[3:] for entry in tree.values()}) > 1:
-            return tree
+    if _is_layer(tree) and _fits_together(list(tree.values())):
         packed: dict[str, dict[str, Tensor]] = {name: dict(entry) for name, entry in tree.items()}
         for kind in ("k", "v"):
             joined = join_tokens([entry[kind].transpose(1, 2) for entry in tree.values()])
             parts = torch.split(joined, [entry[kind].shape[2] for entry in tree.values()], dim=1)
             for name, part in zip(tree, parts, strict=True):
                 packed[name][kind] = part.transpose(1, 2)
-        return packed
-    if isinstance(tree, Mapping):
-        return {key: _packed(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_packed(value) for value in tree)
+        return _rebuilt(tree, [_rebuilt(tree[name], list(entry.values())) for name, entry in packed.items()])
+    if isinstance(tree, (Mapping, list, tuple)):
+        values = tree.values() if isinstance(tree, Mapping) else tree
+        return _rebuilt(tree, [_packed(value) for value in values])
     return tree

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Progressed
+from .fingerprints import RowHash, fingerprint, weights_fingerprint
 from .memory import chunk_size_for_budget
 from .progress import Progress, ProgressBar
 from .sinks import ArraySink, CallbackSink, branch_of_output
-from .sources import ONLY, ArraySource, Chunk, IteratorSource, Source
+from .sources import ONLY, ArraySource, Chunk, IteratorSource, Rows, Source, refuse_path
 from .transfer import Tensors, decode_in_turn, decode_overlapped
 
 DEFAULT_CHUNK_SIZE = 65536
@@ -66,7 +68,7 @@ def stream(
             dictionary of these by branch, whose lengths may differ; or an iterable of chunks, used as they are.
         outputs: Where the outputs go: an array (N, C) or (B, N, C) as above, a dictionary of these by the names that
             ``decode`` returns, or a function that is called once per chunk with the outputs and their rows. ``None``
-            makes tensors on the host.
+            makes tensors on the host. Every row of an array must have its query.
         chunk_size: Rows per call of every branch, or by branch; 65536 if neither it nor a budget is given.
         memory_budget: Bytes that a call may take beyond weights, cache and queries: chooses the chunk size.
         device: Where to decode; that of the cache's first tensor if not given. On a GPU, copies of the next queries and
@@ -75,7 +77,9 @@ def stream(
             compiled anew for another size. What is computed for the padding is dropped.
         raise_on_nan: Whether a NaN in an output ends the run, before its chunk is written.
         checkpoint: A file that notes what is written. If it exists, the run continues after the last whole chunk; it
-            is deleted at the end. An iterable must begin at its beginning again.
+            is deleted at the end. An iterable must begin at its beginning again. The finished rows are read again,
+            queries and outputs, and these, the cache and the weights of the modules that ``decode`` reaches must be
+            what they were. What a function received can't be checked.
         branch_of: The branch of outputs whose name does not contain it.
         progress: ``True`` draws a bar with speed and time left; a function is called after every chunk.
 
@@ -83,52 +87,202 @@ def stream(
         The outputs and some figures.
 
     Raises:
-        ValueError: If arguments contradict each other, or a shape does not fit.
+        ValueError: If arguments contradict each other, a shape does not fit, an output of a chunk is missing, or the
+            checkpoint is of another run. Arrays are checked before anything is decoded, outputs before any is written.
+        OSError: If a file that is mapped into memory has become shorter, or its disk lacks the space.
         FloatingPointError: If ``raise_on_nan`` and an output holds a NaN; the text says in which row.
     """
     tree = cache.tree if isinstance(cache, Cache) else cache
+    if isinstance(cache, (str, os.PathLike)):
+        raise ValueError(f"cache must be what decode takes, got the path {os.fspath(cache)!r}: use Cache.load(path)")
     place = _device(tree, device)
-    source, size = _source(decode, tree, queries, chunk_size, memory_budget, place, pad_last)
     note = None if checkpoint is None else Checkpoint(checkpoint)
     if note is not None and outputs is None:
         raise ValueError("checkpoint needs outputs that outlive an interruption, got outputs=None")
-    done = {} if note is None else note.read(source.totals)
+    source, size = _source(decode, tree, queries, chunk_size, memory_budget, place, pad_last)
+    if source.totals is not None:
+        for name in branch_of or ():
+            branch_of_output(name, source.branches, branch_of)
+    sink: ArraySink | CallbackSink
+    if callable(outputs):
+        # What came through a pinned buffer will be written over.
+        sink = CallbackSink(outputs, source, copy=place.type == "cuda")
+    else:
+        sink = ArraySink(outputs, source, branch_of)
     report = _bar(progress)
-    before = sum(done.values())
 
     def call(inputs: Tensors) -> Tensors:
         with torch.no_grad():
-            result = decode(tree, inputs if source.named else inputs[ONLY])
-        return dict(result) if isinstance(result, Mapping) else {ONLY: result}
+            return _named(decode(tree, inputs if source.named else inputs[ONLY]))
 
+    run = _Run(source, sink, branch_of, raise_on_nan)
+    if note is not None:
+        run.go_on(note, fingerprint(tree), weights_fingerprint(decode))
+    empty = _Empty(call, source, sink, run, place)
+    empty.fill()
+    before = sum(run.done.values())
     decoded = decode_overlapped if place.type == "cuda" else decode_in_turn
-    sink: ArraySink | CallbackSink | None = None
     start, n_points, n_chunks = time.perf_counter(), 0, 0
-    for chunk, values in decoded(call, source.chunks(done), place):
-        branches = {name: branch_of_output(name, list(source.totals or chunk.rows), branch_of) for name in values}
-        values = _own_rows(values, branches, chunk)
-        if raise_on_nan:
-            for name, value in values.items():
-                _refuse_nan(name, value, chunk.rows[branches[name]][0])
-        if sink is None:
-            sink = _sink(outputs, source, place)
-        sink.write(values, chunk.rows, branches)
-        done = {**done, **{name: end for name, (_, end) in chunk.rows.items()}}
-        if note is not None:
-            sink.flush()
-            note.write(done, source.totals)
-        n_points += sum(end - begin for begin, end in chunk.rows.values())
-        n_chunks += 1
-        total = None if source.totals is None else sum(source.totals.values())
-        if report is not None:
-            report(Progress(before + n_points, total, n_points, time.perf_counter() - start))
-    sink = _sink(outputs, source, place) if sink is None else sink
+    try:
+        for chunk, values in decoded(call, source.chunks(run.done), place):
+            run.take(chunk, values)
+            if note is not None:
+                sink.flush()
+                run.note(note, chunk)
+            n_points += sum(end - begin for begin, end in chunk.rows.values())
+            n_chunks += 1
+            total = None if source.totals is None else sum(source.totals.values())
+            if report is not None:
+                report(Progress(before + n_points, total, n_points, time.perf_counter() - start))
+    finally:
+        if isinstance(report, ProgressBar):
+            report.close()
+    if source.totals is None:
+        empty.fill()
     sink.flush()
+    if isinstance(sink, ArraySink):
+        sink.finish(run.branches, run.done)
     if note is not None:
         note.remove()
-    if isinstance(report, ProgressBar):
-        report.close()
     return StreamReport(sink.result(), n_points, n_chunks, time.perf_counter() - start, size)
+
+
+class _Run:
+    """Checks and writes chunk after chunk.
+
+    Attributes:
+        done: Rows that are written, by branch.
+        branches: The branch of every output that was seen.
+    """
+
+    def __init__(
+        self, source: Source, sink: ArraySink | CallbackSink, branch_of: Mapping[str, str] | None, raise_on_nan: bool
+    ) -> None:
+        self.source = source
+        self.sink = sink
+        self.branch_of = branch_of
+        self.raise_on_nan = raise_on_nan
+        self.done: dict[str, int] = {}
+        self.branches: dict[str, str] = {}
+        self.begun: set[str] = set()
+        self.read, self.written = RowHash("queries"), RowHash("outputs")
+        self.hashes = ("", "")
+
+    def go_on(self, note: Checkpoint, cache: str, weights: str) -> None:
+        """Takes over what an earlier run has done, if the checkpoint tells of one and everything is as it was."""
+        self.hashes = (cache, weights)
+        earlier = note.read_all(self.source.totals)
+        if not earlier.rows:
+            return
+        note.check("contents of the cache", earlier.cache, cache)
+        note.check("weights", earlier.weights, weights)
+        for chunk in self.source.skip(earlier.rows):
+            self._read(chunk)
+        note.check("queries", earlier.queries, self.read.digests())
+        branches = {name: self._branch(name) for name in earlier.outputs}
+        for name, branch in branches.items():
+            self.sink.hash_rows(self.written, name, 0, earlier.rows.get(branch, 0))
+        note.check("rows in outputs than it wrote", earlier.outputs, self.written.digests())
+        self.branches.update(branches)
+        self.begun.update(branches.values())
+        self.done = dict(earlier.rows)
+
+    def take(self, chunk: Chunk, values: Tensors) -> None:
+        """Writes the outputs of a chunk."""
+        branches = {name: self._branch(name) for name in values}
+        values = _own_rows(values, branches, chunk)
+        self._check_names(values, branches, chunk.rows)
+        if self.raise_on_nan:
+            for name, value in values.items():
+                _refuse_nan(name, value, chunk.rows[branches[name]][0])
+        self.sink.check(values, chunk.rows, branches)
+        self.sink.write(values, chunk.rows, branches)
+        self.branches.update({name: branches[name] for name in values})
+        self.begun.update(chunk.rows)
+        self.done = {**self.done, **{name: end for name, (_, end) in chunk.rows.items()}}
+
+    def note(self, note: Checkpoint, chunk: Chunk) -> None:
+        """Notes that the outputs of a chunk are on disk."""
+        self._read(chunk)
+        for name, branch in self.branches.items():
+            if branch in chunk.rows:
+                self.sink.hash_rows(self.written, name, *chunk.rows[branch])
+        cache, weights = self.hashes
+        progressed = Progressed(self.done, cache, weights, self.read.digests(), self.written.digests())
+        note.write(progressed, self.source.totals)
+
+    def _branch(self, name: str) -> str:
+        return branch_of_output(name, self.source.branches, self.branch_of)
+
+    def _read(self, chunk: Chunk) -> None:
+        for name, (begin, end) in chunk.rows.items():
+            self.read.update(name, chunk.queries[name][:, : end - begin])
+
+    def _check_names(self, values: Tensors, branches: Mapping[str, str], rows: Rows) -> None:
+        """Checks that a chunk has the outputs that the chunks before it had: else some of their rows stay unwritten."""
+        given = self.sink.given
+        for name in values:
+            if given and name not in given:
+                raise ValueError(f"outputs must hold an array for {name!r}, got {sorted(given)}")
+        known = {**{name: self._branch(name) for name in given}, **self.branches}
+        for name, branch in known.items():
+            if branch in rows and name not in values:
+                raise ValueError(f"decode must return {name!r} for rows {rows[branch]} too, got {sorted(values)}")
+        for name in values:
+            if name not in known and branches[name] in self.begun:
+                raise ValueError(f"decode returned {name!r} only from row {rows[branches[name]][0]} on")
+        for branch in rows:
+            if branch not in {branches[name] for name in values}:
+                raise ValueError(f"decode returned no output for rows {rows[branch]} of {branch or 'the queries'!r}")
+
+
+@dataclass
+class _Empty:
+    """Gives branches without a row outputs without a row.
+
+    Their channels are learnt by a call with no rows, or, where a model can't take that, with one row of zeros.
+    """
+
+    call: Callable[[Tensors], Tensors]
+    source: Source
+    sink: ArraySink | CallbackSink
+    run: _Run
+    device: torch.device
+
+    def fill(self) -> None:
+        """Makes the outputs that no chunk will make."""
+        ends = self.run.done if self.source.totals is None else self.source.totals
+        branches = [name for name in self.source.branches if not ends.get(name, 0)]
+        if not branches or isinstance(self.sink, CallbackSink) or self.sink.given:
+            return
+        failed: Exception | None = None
+        for n in (0, 1):
+            try:
+                values = self.call({name: self.source.like(name, n).to(self.device) for name in branches})
+                owners = {name: branch_of_output(name, self.source.branches, self.run.branch_of) for name in values}
+                rows = {name: (0, n) for name in branches}
+                queries = {name: self.source.like(name, n) for name in branches}
+                values = {name: value.cpu() for name, value in values.items()}
+                self.sink.make_empty(_own_rows(values, owners, Chunk(rows, queries)), owners)
+                return
+            except Exception as error:  # Whatever a model says to such a call.
+                failed = failed or error
+        message = f"decode can't be called for the branches {branches}, which have no rows ({failed!r})"
+        if len(branches) == len(self.source.branches):
+            raise ValueError(f"{message}: give outputs, or don't call stream") from failed
+        warnings.warn(f"{message}: they have no outputs", stacklevel=3)
+
+
+def _named(result: Any) -> Tensors:
+    values = dict(result) if isinstance(result, Mapping) else {ONLY: result}
+    for name, value in values.items():
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            what = f"a {type(value).__name__}" + (f" of {len(value)}" if isinstance(value, (tuple, list)) else "")
+            raise ValueError(
+                f"decode must return a tensor (B, n, C) or a dictionary of these by name, got {what}"
+                + (f" at {name!r}" if isinstance(result, Mapping) else "")
+            )
+    return values
 
 
 def _device(tree: Any, device: torch.device | str | None) -> torch.device:
@@ -147,6 +301,7 @@ def _source(
     device: torch.device,
     pad_last: bool,
 ) -> tuple[Source, int | Mapping[str, int] | None]:
+    refuse_path("queries", queries)
     if chunk_size is not None and memory_budget is not None:
         raise ValueError(f"give chunk_size or memory_budget, got {chunk_size} and {memory_budget}")
     if not isinstance(queries, Mapping) and not hasattr(queries, "shape"):
@@ -159,13 +314,6 @@ def _source(
         chunk_size = chunk_size_for_budget(decode, tree, queries, memory_budget, device)
     size = DEFAULT_CHUNK_SIZE if chunk_size is None else chunk_size
     return ArraySource(queries, size, pad_last), size
-
-
-def _sink(outputs: Any, source: Source, device: torch.device) -> ArraySink | CallbackSink:
-    if callable(outputs):
-        # What came through a pinned buffer will be written over.
-        return CallbackSink(outputs, source.named, copy=device.type == "cuda")
-    return ArraySink(outputs, source.totals, source.batched)
 
 
 def _bar(progress: bool | Callable[[Progress], None]) -> Callable[[Progress], None] | None:
@@ -181,9 +329,11 @@ def _own_rows(values: Tensors, branches: Mapping[str, str], chunk: Chunk) -> Ten
         if branches[name] not in chunk.rows:
             continue
         begin, end = chunk.rows[branches[name]]
-        n = chunk.queries[branches[name]].shape[1]
-        if value.dim() != 3 or value.shape[1] != n:
-            raise ValueError(f"decode must return (B, {n}, C) for {name or 'its output'!r}, got {tuple(value.shape)}")
+        batch, n, _ = chunk.queries[branches[name]].shape
+        if value.dim() != 3 or tuple(value.shape[:2]) != (batch, n):
+            raise ValueError(
+                f"decode must return ({batch}, {n}, C) for {name or 'its output'!r}, got {tuple(value.shape)}"
+            )
         kept[name] = value.detach()[:, : end - begin]
     return kept
 

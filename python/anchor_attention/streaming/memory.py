@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .sources import ArraySource
+from .sources import ArraySource, whole_number
 
 # The memory of a call is linear in its queries; two sizes that are far enough apart tell the line.
 PROBES = (128, 1024)
@@ -78,8 +78,9 @@ def chunk_size_for_budget(
         Rows per branch, at least 1 and at most the longest branch.
 
     Raises:
-        ValueError: If not even one row fits.
+        ValueError: If not even one row fits, or the budget is no number of bytes.
     """
+    memory_budget = whole_number("memory_budget, in bytes,", memory_budget)
     device = torch.device(device)
     longest = max(ArraySource(queries, 1).totals.values(), default=0)  # type: ignore[union-attr]
     if longest == 0:
