@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
@@ -50,10 +51,9 @@ void check_offsets(std::span<const int64_t> k_offsets, size_t n_groups, size_t n
 // Rewrites ranges, as a multiset of numbers, in the one way that depends on the multiset alone: the maximal ranges of
 // the numbers that occur at least once, at least twice, and so on, by their begin. Empty ranges vanish.
 void normalise(std::vector<Range>& ranges) {
-  if (ranges.size() < 2) {
-    std::erase_if(ranges, [](const Range& range) { return range.first == range.second; });
-    return;
-  }
+  std::erase_if(ranges, [](const Range& range) { return range.first == range.second; });
+  const auto meet = [](const Range& range, const Range& next) { return next.first <= range.second; };
+  if (std::adjacent_find(ranges.begin(), ranges.end(), meet) == ranges.end()) return;
   std::vector<std::pair<int32_t, int32_t>> changes;  // (position, change of multiplicity)
   for (const Range& range : ranges) {
     changes.push_back({range.first, 1});
@@ -145,7 +145,8 @@ KeyRangeTable make_key_range_table(std::span<const int64_t> q_ranges, std::span<
   for (size_t g = 0; g < n_groups; ++g) {
     if (queries[g].first < queries[g].second) order.push_back(g);
   }
-  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return queries[a] < queries[b]; });
+  const auto earlier = [&](size_t a, size_t b) { return queries[a] < queries[b]; };
+  if (!std::is_sorted(order.begin(), order.end(), earlier)) std::sort(order.begin(), order.end(), earlier);
 
   TableBuilder builder;
   std::vector<Range> group_keys;
@@ -193,55 +194,138 @@ TransposedKeyRangeTable transpose(const KeyRangeTableView& table) {
   return out;
 }
 
-CompactedKeys compact_keys(const KeyRangeTableView& table, const bool* key_mask, int64_t n_keys, int64_t alignment) {
-  CompactedKeys out;
-  std::vector<int32_t> multiplicity(n_keys + 1, 0);  // of the ranges that begin at a key, less those that end there
-  std::vector<bool> is_bound(n_keys + 1, false);
-  for (int32_t r = 0; r < table.n_ranges; ++r) {
-    ++multiplicity[table.k_ranges[2 * r]];
-    --multiplicity[table.k_ranges[2 * r + 1]];
-    is_bound[table.k_ranges[2 * r]] = is_bound[table.k_ranges[2 * r + 1]] = true;
-  }
-
-  struct Gap {
-    int32_t before;  // original key
-    int32_t begin;   // compacted
-    int32_t end;
-  };
-  std::vector<Gap> gaps;
-  std::vector<int32_t>& new_index = multiplicity;  // each entry is read for the last time where it is overwritten
-  int32_t depth = 0;
-  for (int64_t j = 0; j <= n_keys; ++j) {
-    const auto begin = static_cast<int32_t>(out.source.size());
-    if (is_bound[j] && begin % alignment != 0) {
-      out.source.resize((begin + alignment - 1) / alignment * alignment, -1);
-      gaps.push_back({static_cast<int32_t>(j), begin, static_cast<int32_t>(out.source.size())});
-    }
-    depth += multiplicity[j];
-    new_index[j] = static_cast<int32_t>(out.source.size());
-    if (depth > 0 && (key_mask == nullptr || key_mask[j])) out.source.push_back(static_cast<int32_t>(j));
-  }
-
-  TableBuilder builder;
-  std::vector<Range> keys;
+std::vector<KeyReaders> count_readers(const KeyRangeTableView& table) {
+  std::vector<std::pair<int32_t, int64_t>> changes;  // (key, change of the number of queries that read it)
+  changes.reserve(2 * static_cast<size_t>(table.n_ranges));
   for (int32_t g = 0; g < table.n_groups; ++g) {
-    keys.clear();
+    const int64_t n_queries = table.q_ranges[2 * g + 1] - table.q_ranges[2 * g];
     for (int32_t r = table.k_offsets[g]; r < table.k_offsets[g + 1]; ++r) {
-      int32_t begin = new_index[table.k_ranges[2 * r]];
-      auto gap = std::upper_bound(gaps.begin(), gaps.end(), table.k_ranges[2 * r],
-                                  [](int32_t key, const Gap& other) { return key < other.before; });
-      for (; gap != gaps.end() && gap->before < table.k_ranges[2 * r + 1]; ++gap) {
-        keys.push_back({begin, gap->begin});
-        begin = gap->end;
-      }
-      const bool ends_at_gap = gap != gaps.end() && gap->before == table.k_ranges[2 * r + 1];
-      keys.push_back({begin, ends_at_gap ? gap->begin : new_index[table.k_ranges[2 * r + 1]]});
+      changes.push_back({table.k_ranges[2 * r], n_queries});
+      changes.push_back({table.k_ranges[2 * r + 1], -n_queries});
     }
-    normalise(keys);
-    builder.add({table.q_ranges[2 * g], table.q_ranges[2 * g + 1]}, keys);
   }
-  out.table = builder.take();
-  return out;
+  std::sort(changes.begin(), changes.end());
+  std::vector<KeyReaders> readers;
+  int64_t n_queries = 0;
+  int32_t begin = 0;
+  for (size_t i = 0; i < changes.size();) {
+    const int32_t key = changes[i].first;
+    if (n_queries > 0) readers.push_back({begin, key, n_queries});
+    for (; i < changes.size() && changes[i].first == key; ++i) n_queries += changes[i].second;
+    begin = key;
+  }
+  return readers;
+}
+
+namespace {
+
+// Lays out the keys that are read, and then rewrites ranges of the table to where their keys have come to lie.
+class Compaction {
+ public:
+  Compaction(const KeyRangeTableView& table, const bool* key_mask, int64_t alignment)
+      : alignment_(static_cast<int32_t>(alignment)) {
+    keys_.assign(table.k_ranges, table.k_ranges + 2 * static_cast<int64_t>(table.n_ranges));
+    std::sort(keys_.begin(), keys_.end());
+    keys_.erase(std::unique(keys_.begin(), keys_.end()), keys_.end());
+    std::vector<int32_t> begins(keys_.size(), 0), ends(keys_.size(), 0);
+    for (int32_t r = 0; r < table.n_ranges; ++r) {
+      ++begins[bound_of(table.k_ranges[2 * r])];
+      ++ends[bound_of(table.k_ranges[2 * r + 1])];
+    }
+    lay_out(begins, ends, key_mask);
+  }
+
+  // Appends the pieces of a range: each begins at a multiple of the alignment, and up to the next multiple behind its
+  // end there is nothing.
+  void append_pieces(Range range, std::vector<Range>& pieces) {
+    const size_t first = bound_of(range.first), last = bound_of(range.second);
+    int32_t begin = rows_begin_[first];
+    for (auto gap = std::upper_bound(gaps_.begin(), gaps_.end(), first); gap != gaps_.end() && *gap < last; ++gap) {
+      append_aligned(begin, rows_end_[*gap], true, pieces);
+      begin = rows_begin_[*gap];
+    }
+    const bool ends_at_gap = rows_begin_[last] % alignment_ == 0;
+    append_aligned(begin, rows_end_[last], ends_at_gap, pieces);
+  }
+
+  std::vector<int32_t> source;
+  int32_t first_copy = 0;
+
+ private:
+  size_t bound_of(int32_t key) const { return std::lower_bound(keys_.begin(), keys_.end(), key) - keys_.begin(); }
+
+  void fill_up() { source.resize((source.size() + alignment_ - 1) / alignment_ * alignment_, -1); }
+
+  void lay_out(const std::vector<int32_t>& begins, const std::vector<int32_t>& ends, const bool* key_mask) {
+    // A gap cuts the ranges that span it. Where it would cut more, their number is what would grow with the square of
+    // the table: there the ranges that begin or end take copies of some keys instead.
+    constexpr int64_t kMaxCuts = 2;
+    int64_t depth = 0;  // ranges around the keys before the bound
+    for (size_t i = 0; i < keys_.size(); ++i) {
+      rows_end_.push_back(static_cast<int32_t>(source.size()));
+      if (source.size() % alignment_ != 0 && depth - ends[i] <= kMaxCuts) {
+        fill_up();
+        gaps_.push_back(i);
+      }
+      rows_begin_.push_back(static_cast<int32_t>(source.size()));
+      depth += begins[i] - ends[i];
+      if (depth == 0) continue;
+      for (int32_t key = keys_[i]; key < keys_[i + 1]; ++key) {
+        if (key_mask == nullptr || key_mask[key]) source.push_back(key);
+      }
+    }
+    fill_up();
+    first_copy = static_cast<int32_t>(source.size());
+  }
+
+  void append_aligned(int32_t begin, int32_t end, bool nothing_behind, std::vector<Range>& pieces) {
+    if (begin < end && begin % alignment_ != 0) {
+      const int32_t stop = std::min(end, (begin + alignment_ - 1) / alignment_ * alignment_);
+      pieces.push_back(copy(begin, stop));
+      begin = stop;
+    }
+    const int32_t body_end = nothing_behind ? end : end / alignment_ * alignment_;
+    if (begin < body_end) {
+      pieces.push_back({begin, body_end});
+      begin = body_end;
+    }
+    if (begin < end) pieces.push_back(copy(begin, end));
+  }
+
+  // Rows of one aligned block, alone in a block of their own behind all others.
+  Range copy(int32_t begin, int32_t end) {
+    const auto [place, is_new] = copies_.try_emplace({begin, end}, static_cast<int32_t>(source.size()));
+    if (is_new) {
+      for (int32_t row = begin; row < end; ++row) source.push_back(source[row]);
+      fill_up();
+    }
+    return {place->second, place->second + end - begin};
+  }
+
+  int32_t alignment_;
+  std::vector<int32_t> keys_;  // bounds of the ranges, ascending
+  // Of each bound: where the keys before it end and where those behind it begin.
+  std::vector<int32_t> rows_end_;
+  std::vector<int32_t> rows_begin_;
+  std::vector<size_t> gaps_;  // bounds at which the two differ
+  std::map<Range, int32_t> copies_;
+};
+
+}  // namespace
+
+CompactedKeys compact_keys(const KeyRangeTableView& table, const bool* key_mask, int64_t alignment) {
+  Compaction compaction(table, key_mask, alignment);
+  TableBuilder builder;
+  std::vector<Range> pieces;
+  for (int32_t g = 0; g < table.n_groups; ++g) {
+    pieces.clear();
+    for (int32_t r = table.k_offsets[g]; r < table.k_offsets[g + 1]; ++r) {
+      compaction.append_pieces({table.k_ranges[2 * r], table.k_ranges[2 * r + 1]}, pieces);
+    }
+    normalise(pieces);
+    builder.add({table.q_ranges[2 * g], table.q_ranges[2 * g + 1]}, pieces);
+  }
+  return {std::move(compaction.source), compaction.first_copy, builder.take()};
 }
 
 }  // namespace anchor_attention

@@ -39,15 +39,29 @@ struct TransposedKeyRangeTable {
 
 TransposedKeyRangeTable transpose(const KeyRangeTableView& table);
 
-// Renumbers the keys so that only those that are read and kept remain, in their order. With an alignment above 1, gaps
-// are left where a range begins or ends, so that every range of the new table begins at a multiple of it; a range that
-// spans a gap is cut in two.
+// The keys [begin, end) are read by n_queries queries, each counted as often as it reads them.
+struct KeyReaders {
+  int32_t begin;
+  int32_t end;
+  int64_t n_queries;
+};
+
+// For the keys that are read, ascending. Takes time and memory in proportion to the ranges (and the logarithm of their
+// number), where the transposed table may have as many ranges as the product of groups and keys.
+std::vector<KeyReaders> count_readers(const KeyRangeTableView& table);
+
+// Renumbers the keys so that only those that are read and kept remain, in their order. With an alignment above 1 every
+// range of the new table begins at a multiple of it, and between its end and the next multiple there is no key. For
+// this, gaps are left where ranges begin or end; a range that spans a gap is cut in two. Where many ranges span the
+// place, as with nested ones, no gap is left: then what lies in the blocks at the ends of a range is a copy, in a block
+// of its own behind all keys. So the new table has at most a few ranges for each of the old one.
 struct CompactedKeys {
   std::vector<int32_t> source;  // the original index of compacted key j, −1 in gaps; a multiple of the alignment long
+  int32_t first_copy;           // below it every key stands once, from it on are copies
   KeyRangeTable table;          // the table over compacted keys; groups that lost every key are gone
 };
 
 // `key_mask` is [n_keys], true = kept, or null when all are.
-CompactedKeys compact_keys(const KeyRangeTableView& table, const bool* key_mask, int64_t n_keys, int64_t alignment = 1);
+CompactedKeys compact_keys(const KeyRangeTableView& table, const bool* key_mask, int64_t alignment = 1);
 
 }  // namespace anchor_attention

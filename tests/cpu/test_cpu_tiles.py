@@ -117,7 +117,10 @@ def library_with_model() -> Path:
     return native.build_library_with_amx_model()
 
 
-@pytest.mark.parametrize("cases", ["ops/test_attention.py", "cpu/test_cpu_attention.py", "cpu/split_float32_cases.py"])
+@pytest.mark.parametrize(
+    "cases",
+    ["ops/test_attention.py", "cpu/test_cpu_attention.py", "cpu/test_edge_shapes.py", "cpu/split_float32_cases.py"],
+)
 @pytest.mark.parametrize("name", SETS)
 def test_operation(library_with_model: Path, name: str, cases: str) -> None:
     environment = os.environ | {"ANCHOR_ATTENTION_CPU_ISA": name, "HYPOTHESIS_PROFILE": "brief"}

@@ -88,10 +88,17 @@ PYBIND11_MODULE(anchor_attention_native, m) {
     tile_model::release();
     tile_model::zero(0);
   });
-  m.def("compact_keys", [](const Numbers& q_ranges, const Numbers& k_offsets, const Numbers& k_ranges, int64_t n_keys,
+  m.def("compact_keys", [](const Numbers& q_ranges, const Numbers& k_offsets, const Numbers& k_ranges,
                            std::optional<py::array_t<bool>> mask, int64_t alignment) {
     const KeyRangeTable table = table_of(q_ranges, k_offsets, k_ranges);
-    const CompactedKeys out = compact_keys(table.view(), mask ? mask->data() : nullptr, n_keys, alignment);
-    return std::tuple(out.source, out.table.q_ranges, out.table.k_offsets, out.table.k_ranges);
+    const CompactedKeys out = compact_keys(table.view(), mask ? mask->data() : nullptr, alignment);
+    return std::tuple(out.source, out.first_copy, out.table.q_ranges, out.table.k_offsets, out.table.k_ranges);
+  });
+  m.def("count_readers", [](const Numbers& q_ranges, const Numbers& k_offsets, const Numbers& k_ranges) {
+    std::vector<std::array<int64_t, 3>> readers;
+    for (const KeyReaders& r : count_readers(table_of(q_ranges, k_offsets, k_ranges).view())) {
+      readers.push_back({r.begin, r.end, r.n_queries});
+    }
+    return readers;
   });
 }

@@ -58,8 +58,8 @@ def test_transpose_holds_the_same_scores(module: object, table: KeyRangeTable) -
 def test_compaction_keeps_the_scores_of_kept_keys(
     module: object, table: KeyRangeTable, alignment: int, mask: list[bool] | None
 ) -> None:
-    source, q_ranges, k_offsets, k_ranges = module.compact_keys(
-        *_csr(table), N_KEYS, None if mask is None else np.array(mask, dtype=bool), alignment
+    source, first_copy, q_ranges, k_offsets, k_ranges = module.compact_keys(
+        *_csr(table), None if mask is None else np.array(mask, dtype=bool), alignment
     )
     kept = Counter(
         {
@@ -69,8 +69,25 @@ def test_compaction_keeps_the_scores_of_kept_keys(
         }
     )
     compacted = _scores(q_ranges, k_offsets, k_ranges)
-    assert Counter({(query, source[key]): n for (query, key), n in compacted.items()}) == kept
-    real = [key for key in source if key >= 0]
+    scores: Counter[tuple[int, int]] = Counter()
+    for (query, row), n in compacted.items():
+        scores[query, source[row]] += n
+    assert scores == kept
+    real = [key for key in source[:first_copy] if key >= 0]
     assert real == sorted({key for _, key in kept}), "only keys that are read and kept, in their order"
-    assert len(source) % alignment == 0 and all(begin % alignment == 0 for begin, _ in _pairs(k_ranges))
-    assert len(source) - len(real) <= (alignment - 1) * (len(set(table.k_ranges)))
+    assert set(source[first_copy:]) <= {*real, -1}
+    assert len(source) % alignment == first_copy % alignment == 0
+    for begin, end in _pairs(k_ranges):
+        assert begin % alignment == 0
+        assert all(key < 0 for key in source[end : -(-end // alignment) * alignment]), "nothing follows in the block"
+    assert first_copy - len(real) <= (alignment - 1) * len(set(table.k_ranges))
+    if alignment == 1:
+        assert first_copy == len(source)
+
+
+@given(table=tables(N_QUERIES, N_KEYS))
+def test_readers_are_counted(module: object, table: KeyRangeTable) -> None:
+    counts = Counter(key for (_, key), n in _scores(*map(list, _csr(table))).items() for _ in range(n))
+    readers = module.count_readers(*_csr(table))
+    assert Counter({key: n for begin, end, n in readers for key in range(begin, end)}) == counts
+    assert all(end <= begin for (_, end, _), (begin, _, _) in itertools.pairwise(readers))

@@ -1,8 +1,10 @@
 #include "kernels/cpu/attention.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "kernels/cpu/dispatch.h"
@@ -11,6 +13,9 @@
 
 namespace anchor_attention::cpu {
 namespace {
+
+// Keys of a tile are cut at multiples of this, which is one of every alignment.
+constexpr int64_t kCutKeys = 64;
 
 template <typename T>
 void fill_rows_without_keys(const AttentionParams& p, const Tile& tile) {
@@ -23,35 +28,234 @@ void fill_rows_without_keys(const AttentionParams& p, const Tile& tile) {
   std::fill_n(lse + tile.q_begin, tile.n_queries, -std::numeric_limits<T>::infinity());
 }
 
-}  // namespace
+// A tile, or where there are few tiles, some of the keys of one.
+struct Item {
+  int64_t tile;
+  int64_t part;     // its number among all parts
+  int32_t index;    // of the part in its tile
+  int32_t n_parts;  // of its tile
+};
 
-void attention(const AttentionParams& p, const Executor& executor, bool allow_split_float32) {
-  const ProductKernels& kernels = selected_products(p.dtype, allow_split_float32);
-  const Schedule schedule(p, kernels);
-  const int64_t threads = schedule.threads(executor, 4);
-  const Planes planes = schedule.all_planes();
-  const int64_t packed_bytes = schedule.n_rows(planes) * schedule.packed_row_bytes();
-  const Buffer k_rows = allocate(packed_bytes);
-  const Buffer v_stack = allocate(packed_bytes);
-  const int64_t scratch_bytes = kernels.forward_scratch_bytes(p.head_dim, p.dtype);
-  const Buffer scratch = allocate(threads * scratch_bytes);
-  const std::vector<Tile> tiles = schedule.tiles(planes, kernels.forward_tile_queries(p.dtype), /*with_gaps=*/true);
+// One call of the forward.
+class Forward {
+ public:
+  Forward(const AttentionParams& params, const Executor& executor, bool allow_split_float32)
+      : p_(params),
+        executor_(executor),
+        kernels_(suitable_products(params, allow_split_float32)),
+        schedule_(params, kernels_),
+        threads_(schedule_.threads(executor, 4)),
+        planes_(schedule_.all_planes()),
+        tile_queries_(kernels_.forward_tile_queries(params.dtype)),
+        tiles_(schedule_.tiles(planes_, tile_queries_, /*with_gaps=*/true)) {
+    double reads = 0;
+    for (const Tile& tile : tiles_) reads += static_cast<double>(tile.n_keys);
+    // Packing all keys for all tiles writes them to memory and reads them back; packing a few of them at a time into
+    // the cache of the core that needs them does not, but is done again for every tile.
+    constexpr double kMaxPackings = 2;
+    packs_per_tile_ = reads <= kMaxPackings * static_cast<double>(schedule_.n_rows(planes_));
+    constexpr int64_t kPieceBytes = 1 << 16;
+    piece_rows_ = std::max(kPieceBytes / schedule_.packed_row_bytes() / kCutKeys, int64_t{1}) * kCutKeys;
+    scratch_bytes_ = kernels_.forward_scratch_bytes(p_.head_dim, p_.dtype);
+    thread_bytes_ = scratch_bytes_ + (packs_per_tile_ ? 2 * piece_rows_ * schedule_.packed_row_bytes() : 0);
+    scratch_ = allocate(threads_ * thread_bytes_);
+  }
 
-  pack(p, schedule, planes, kernels, executor, threads,
-       {{p.k, p.k_strides, PackedLayout::rows, k_rows.get()}, {p.v, p.v_strides, PackedLayout::stack, v_stack.get()}});
-  for_each_task(executor, threads, static_cast<int64_t>(tiles.size()), [&](int64_t i, int64_t thread) {
-    const Tile& tile = tiles[i];
+  void run() {
+    if (!packs_per_tile_) {
+      const int64_t bytes = schedule_.n_rows(planes_) * schedule_.packed_row_bytes();
+      k_rows_ = allocate(bytes);
+      v_stack_ = allocate(bytes);
+      pack(p_, schedule_, planes_, kernels_, executor_, threads_,
+           {{p_.k, p_.k_strides, PackedLayout::rows, k_rows_.get()},
+            {p_.v, p_.v_strides, PackedLayout::stack, v_stack_.get()}});
+    }
+    const int64_t row_bytes = (p_.head_dim + 1) * working_size(p_.dtype);
+    const std::vector<Item> items = make_items();
+    parts_ = allocate(n_parts_ * tile_queries_ * row_bytes);
+    for_each_task(executor_, threads_, static_cast<int64_t>(items.size()),
+                  [&](int64_t i, int64_t thread) { run_item(items[i], scratch_.get() + thread * thread_bytes_); });
+    std::vector<Item> split;
+    for (const Item& item : items) {
+      if (item.n_parts > 1 && item.index == 0) split.push_back(item);
+    }
+    for_each_task(executor_, threads_, static_cast<int64_t>(split.size()), [&](int64_t i, int64_t) {
+      p_.dtype == ScalarType::float64 ? merge_parts<double>(split[i]) : merge_parts<float>(split[i]);
+    });
+  }
+
+ private:
+  // With fewer tiles than it takes to keep the threads busy, the keys of each are split, in a way that depends on the
+  // shapes and on the number of threads alone.
+  std::vector<Item> make_items() {
+    constexpr int64_t kItemsPerThread = 4, kMinKeys = 512;
+    const auto wanted = threads_ > 1 ? kItemsPerThread * threads_ : 1;
+    const auto n_tiles = static_cast<int64_t>(tiles_.size());
+    std::vector<Item> items;
+    for (int64_t tile = 0; tile < n_tiles; ++tile) {
+      const int64_t useful = std::max<int64_t>(tiles_[tile].n_keys / kMinKeys, 1);
+      const auto n_parts = static_cast<int32_t>(std::min((wanted + n_tiles - 1) / n_tiles, useful));
+      for (int32_t index = 0; index < n_parts; ++index) {
+        items.push_back({tile, n_parts > 1 ? n_parts_++ : 0, index, n_parts});
+      }
+    }
+    return items;
+  }
+
+  // The key ranges of a part: those of its tile, one behind the other, cut into equally long pieces.
+  std::vector<int32_t> ranges_of(const Item& item) const {
+    const Tile& tile = tiles_[item.tile];
+    const KeyRangeTableView table = schedule_.keys(tile.batch).table.view();
+    const int32_t* first = table.k_ranges + 2 * table.k_offsets[tile.group];
+    const int32_t* last = table.k_ranges + 2 * table.k_offsets[tile.group + 1];
+    if (item.n_parts == 1) return {first, last};
+    const int64_t begin = tile.n_keys * item.index / item.n_parts, end = tile.n_keys * (item.index + 1) / item.n_parts;
+    std::vector<int32_t> ranges;
+    int64_t passed = 0;
+    for (const int32_t* range = first; range < last; range += 2) {
+      const int64_t length = range[1] - range[0];
+      const auto cut = [&](int64_t bound) {
+        const int64_t at = std::clamp<int64_t>(bound - passed, 0, length);
+        return static_cast<int32_t>(range[0] + (at == length ? at : at / kCutKeys * kCutKeys));
+      };
+      if (cut(begin) < cut(end)) ranges.insert(ranges.end(), {cut(begin), cut(end)});
+      passed += length;
+    }
+    return ranges;
+  }
+
+  template <typename T>
+  T* partial_out(int64_t part) const {
+    return reinterpret_cast<T*>(parts_.get()) + part * tile_queries_ * p_.head_dim;
+  }
+
+  template <typename T>
+  T* partial_lse(int64_t part) const {
+    return partial_out<T>(n_parts_) + part * tile_queries_;
+  }
+
+  void run_item(const Item& item, char* scratch) const {
+    const Tile& tile = tiles_[item.tile];
+    const bool wide = p_.dtype == ScalarType::float64;
     if (tile.group == kNoGroup) {
-      p.dtype == ScalarType::float64 ? fill_rows_without_keys<double>(p, tile) : fill_rows_without_keys<float>(p, tile);
+      wide ? fill_rows_without_keys<double>(p_, tile) : fill_rows_without_keys<float>(p_, tile);
       return;
     }
-    const KeyRangeTableView table = schedule.keys(tile.batch).table.view();
-    const int64_t offset = schedule.first_row(planes, tile.batch, tile.head) * schedule.packed_row_bytes();
-    kernels.forward_tile({&p, tile.batch, tile.head, tile.q_begin, tile.n_queries, k_rows.get() + offset,
-                          v_stack.get() + offset, table.k_ranges + 2 * table.k_offsets[tile.group],
-                          table.k_offsets[tile.group + 1] - table.k_offsets[tile.group],
-                          scratch.get() + thread * scratch_bytes});
-  });
+    const std::vector<int32_t> ranges = ranges_of(item);
+    const int64_t offset = schedule_.first_row(planes_, tile.batch, tile.head) * schedule_.packed_row_bytes();
+    ForwardTile task{.params = &p_,
+                     .batch = tile.batch,
+                     .head = tile.head,
+                     .q_begin = tile.q_begin,
+                     .n_queries = tile.n_queries,
+                     .k_rows = packs_per_tile_ ? nullptr : k_rows_.get() + offset,
+                     .v_stack = packs_per_tile_ ? nullptr : v_stack_.get() + offset,
+                     .key_ranges = ranges.data(),
+                     .n_key_ranges = static_cast<int64_t>(ranges.size() / 2),
+                     .scratch = scratch};
+    if (item.n_parts > 1) {
+      task.partial_out = wide ? static_cast<void*>(partial_out<double>(item.part)) : partial_out<float>(item.part);
+      task.partial_lse = wide ? static_cast<void*>(partial_lse<double>(item.part)) : partial_lse<float>(item.part);
+    }
+    packs_per_tile_ ? run_in_pieces(task, ranges, scratch + scratch_bytes_) : kernels_.forward_tile(task);
+  }
+
+  // Packs as many keys as the cache holds besides the tile, lets the tile go over them, and so on.
+  void run_in_pieces(ForwardTile task, const std::vector<int32_t>& ranges, char* packed) const {
+    const int64_t alignment = kernels_.key_alignment(p_.dtype), row_bytes = schedule_.packed_row_bytes();
+    const int32_t* source = schedule_.keys(task.batch).source.data();
+    char* const v_packed = packed + piece_rows_ * row_bytes;
+    task.k_rows = packed;
+    task.v_stack = v_packed;
+    task.last = false;
+    std::vector<int32_t> piece;
+    int64_t rows = 0;
+    const auto run_piece = [&] {
+      task.key_ranges = piece.data();
+      task.n_key_ranges = static_cast<int64_t>(piece.size() / 2);
+      kernels_.forward_tile(task);
+      task.first = false;
+      piece.clear();
+      rows = 0;
+    };
+    const auto pack_piece = [&](const void* tensor, const Strides& strides, PackedLayout layout, int64_t key, int64_t n,
+                                char* target) {
+      kernels_.pack_rows({head_start(tensor, strides, task.batch, task.head, p_.dtype), strides.token, source + key, n,
+                          p_.head_dim, p_.dtype, layout, target + rows * row_bytes});
+    };
+    for (size_t r = 0; r < ranges.size(); r += 2) {
+      for (int64_t key = ranges[r]; key < ranges[r + 1];) {
+        const int64_t n = std::min(ranges[r + 1] - key, piece_rows_ - rows);
+        const int64_t n_aligned = (n + alignment - 1) / alignment * alignment;
+        pack_piece(p_.k, p_.k_strides, PackedLayout::rows, key, n_aligned, packed);
+        pack_piece(p_.v, p_.v_strides, PackedLayout::stack, key, n_aligned, v_packed);
+        piece.insert(piece.end(), {static_cast<int32_t>(rows), static_cast<int32_t>(rows + n)});
+        rows += n_aligned;
+        key += n;
+        if (rows == piece_rows_) run_piece();
+      }
+    }
+    task.last = true;
+    run_piece();
+  }
+
+  // Softmax over all keys from those over the parts, weighted by their sums, in the order of the parts.
+  template <typename T>
+  void merge_parts(const Item& first) const {
+    const Tile& tile = tiles_[first.tile];
+    T* lse = static_cast<T*>(p_.lse) + (tile.batch * p_.heads + tile.head) * p_.n_queries + tile.q_begin;
+    for (int64_t i = 0; i < tile.n_queries; ++i) {
+      T max = -std::numeric_limits<T>::infinity();
+      for (int32_t part = 0; part < first.n_parts; ++part) max = std::max(max, partial_lse<T>(first.part + part)[i]);
+      // A finite reference where no score is: weights of 0 then, and outputs of 0, as without keys.
+      const T reference = max == -std::numeric_limits<T>::infinity() ? T(0) : max;
+      T sum = 0;
+      T* out = partial_out<T>(first.part) + i * p_.head_dim;
+      for (int32_t part = 0; part < first.n_parts; ++part) {
+        const T weight = std::exp(partial_lse<T>(first.part + part)[i] - reference);
+        const T* row = partial_out<T>(first.part + part) + i * p_.head_dim;
+        for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = (part == 0 ? T(0) : out[d]) + weight * row[d];
+        sum += weight;
+      }
+      const T inverse = sum == 0 ? T(0) : 1 / sum;
+      for (int64_t d = 0; d < p_.head_dim; ++d) out[d] *= inverse;
+      lse[i] = reference + std::log(sum);
+    }
+    std::vector<int32_t> rows(tile.n_queries);
+    std::iota(rows.begin(), rows.end(), 0);
+    const int64_t stride = p_.heads * p_.head_dim;
+    const int64_t row = (tile.batch * p_.n_queries + tile.q_begin) * p_.heads + tile.head;
+    selected_kernels().unpack_rows({.packed = partial_out<T>(first.part),
+                                    .packed_row_bytes = p_.head_dim * static_cast<int64_t>(sizeof(T)),
+                                    .indices = rows.data(),
+                                    .n_tokens = tile.n_queries,
+                                    .head_dim = p_.head_dim,
+                                    .scale = 1.0,
+                                    .dtype = p_.dtype,
+                                    .target = static_cast<char*>(p_.out) + row * p_.head_dim * storage_size(p_.dtype),
+                                    .target_stride = stride});
+  }
+
+  const AttentionParams& p_;
+  const Executor& executor_;
+  const ProductKernels& kernels_;
+  const Schedule schedule_;
+  const int64_t threads_;
+  const Planes planes_;
+  const int64_t tile_queries_;
+  const std::vector<Tile> tiles_;
+  bool packs_per_tile_;
+  int64_t piece_rows_;
+  int64_t scratch_bytes_;
+  int64_t thread_bytes_;
+  int64_t n_parts_ = 0;
+  Buffer scratch_, k_rows_, v_stack_, parts_;
+};
+
+}  // namespace
+
+void attention(const AttentionParams& params, const Executor& executor, bool allow_split_float32) {
+  Forward(params, executor, allow_split_float32).run();
 }
 
 }  // namespace anchor_attention::cpu

@@ -30,25 +30,17 @@ std::vector<int64_t> split_tiles(const std::vector<Tile>& tiles, int64_t n) {
 
 // Splits the packed keys of one batch element into `n` slices that about equally many queries read: n + 1 bounds.
 std::vector<int32_t> split_keys(const CompactedKeys& keys, int64_t n) {
-  const TransposedKeyRangeTable readers = transpose(keys.table.view());
-  const size_t n_segments = readers.q_offsets.size() - 1;
-  std::vector<double> weights(n_segments, 0.0);
+  const std::vector<KeyReaders> readers = count_readers(keys.table.view());
   double total = 0;
-  for (size_t s = 0; s < n_segments; ++s) {
-    for (int32_t r = readers.q_offsets[s]; r < readers.q_offsets[s + 1]; ++r) {
-      weights[s] += readers.q_ranges[2 * r + 1] - readers.q_ranges[2 * r];
-    }
-    total += weights[s] * (readers.k_ranges[2 * s + 1] - readers.k_ranges[2 * s]);
-  }
+  for (const KeyReaders& r : readers) total += static_cast<double>(r.n_queries) * (r.end - r.begin);
   constexpr int32_t kAlignment = 64;
   const auto n_rows = static_cast<int32_t>(keys.source.size());
   std::vector<int32_t> bounds{0};
   double done = 0;
-  for (size_t s = 0; s < n_segments; ++s) {
-    const int32_t begin = readers.k_ranges[2 * s];
-    const double area = weights[s] * (readers.k_ranges[2 * s + 1] - begin);
+  for (const KeyReaders& r : readers) {
+    const double n_queries = static_cast<double>(r.n_queries), area = n_queries * (r.end - r.begin);
     while (static_cast<int64_t>(bounds.size()) < n && done + area >= total * bounds.size() / n) {
-      const int32_t key = begin + static_cast<int32_t>((total * bounds.size() / n - done) / weights[s]);
+      const int32_t key = r.begin + static_cast<int32_t>((total * bounds.size() / n - done) / n_queries);
       bounds.push_back(std::max(bounds.back(), (key + kAlignment / 2) / kAlignment * kAlignment));
     }
     done += area;
@@ -57,6 +49,13 @@ std::vector<int32_t> split_keys(const CompactedKeys& keys, int64_t n) {
   for (int32_t& bound : bounds) bound = std::min(bound, n_rows);
   bounds.back() = n_rows;
   return bounds;
+}
+
+bool reads_any(const KeyRangeTableView& table, int32_t group, int32_t key_begin, int32_t key_end) {
+  for (int32_t r = table.k_offsets[group]; r < table.k_offsets[group + 1]; ++r) {
+    if (table.k_ranges[2 * r] < key_end && table.k_ranges[2 * r + 1] > key_begin) return true;
+  }
+  return false;
 }
 
 // The heads are worked on one after the other, so that packed keys and sums exist for one of them at a time; or in
@@ -90,7 +89,7 @@ class Backward {
         p_(params.forward),
         executor_(executor),
         vector_kernels_(selected_kernels()),
-        kernels_(selected_products(p_.dtype, allow_split_float32)),
+        kernels_(suitable_products(p_, allow_split_float32)),
         schedule_(p_, kernels_),
         threads_(schedule_.threads(executor, kOperationsPerScore)),
         scratch_bytes_(kernels_.backward_scratch_bytes(p_.head_dim, p_.dtype)),
@@ -108,7 +107,11 @@ class Backward {
     for (size_t i = 0; i + 1 < bounds.size() && !executor_.stops(); ++i) {
       planes_ = {bounds[i], bounds[i + 1]};
       begin_group();
-      for (int64_t phase = 0; phase < threads_; ++phase) run_phase(phase);
+      if (has_few_tiles()) {
+        run_slices();
+      } else {
+        for (int64_t phase = 0; phase < threads_; ++phase) run_phase(phase);
+      }
       if (params_.grad_k != nullptr) unpack(grad_k_rows_.get(), p_.scale, params_.grad_k);
       if (params_.grad_v != nullptr) unpack(grad_v_rows_.get(), 1.0, params_.grad_v);
       if (wants_grad_q_) finish_grad_q();
@@ -170,49 +173,109 @@ class Backward {
       const int64_t slice = (thread + phase) % threads_;
       for (int64_t i = tile_bounds_[thread]; i < tile_bounds_[thread + 1] && !executor_.stops(); ++i) {
         const Tile& tile = tiles_[i];
-        const KeyRangeTableView table = schedule_.keys(tile.batch).table.view();
-        const std::vector<int32_t>& bounds = key_bounds_[schedule_.layout(tile.batch)];
-        const int64_t row = schedule_.first_row(planes_, tile.batch, tile.head);
-        const int64_t packed = row * schedule_.packed_row_bytes(), sums = row * schedule_.sum_row_bytes();
-        kernels_.backward_tile({
-            .params = &params_,
-            .batch = tile.batch,
-            .head = tile.head,
-            .q_begin = tile.q_begin,
-            .n_queries = tile.n_queries,
-            .k_rows = k_rows_.get() + packed,
-            .k_stack = (schedule_.has_stacks() ? k_stack_ : k_rows_).get() + packed,
-            .v_rows = v_rows_.get() + packed,
-            .key_ranges = table.k_ranges + 2 * table.k_offsets[tile.group],
-            .n_key_ranges = table.k_offsets[tile.group + 1] - table.k_offsets[tile.group],
-            .key_begin = bounds[slice],
-            .key_end = bounds[slice + 1],
-            .grad_q = grad_q_sums(tile.batch, tile.head, tile.q_begin),
-            .grad_q_stride = grad_q_stride(),
-            .grad_k_rows = grad_k_rows_ ? grad_k_rows_.get() + sums : nullptr,
-            .grad_v_rows = grad_v_rows_ ? grad_v_rows_.get() + sums : nullptr,
-            .scratch = scratch_.get() + thread * scratch_bytes_,
-        });
+        run_tile(tile, slice, thread, grad_q_sums(tile.batch, tile.head, tile.q_begin), grad_q_stride());
       }
+    });
+  }
+
+  // Too few tiles to give each thread about as many.
+  bool has_few_tiles() const { return threads_ > 1 && static_cast<int64_t>(tiles_.size()) < 4 * threads_; }
+
+  // Every thread owns a slice of the keys, which all tiles meet. Each has sums of grad_q of its own, which are added in
+  // the order of the slices.
+  void run_slices() {
+    const int64_t tile_rows = kernels_.backward_tile_queries(p_.dtype);
+    const int64_t tile_bytes = tile_rows * p_.head_dim * working_size(p_.dtype);
+    const auto n_tiles = static_cast<int64_t>(tiles_.size());
+    const int64_t bytes = wants_grad_q_ ? threads_ * n_tiles * tile_bytes : 0;
+    const Buffer sums = allocate(bytes);
+    std::memset(sums.get(), 0, bytes);
+    const auto sums_of = [&](int64_t slice, int64_t tile) {
+      return sums.get() + (slice * n_tiles + tile) * tile_bytes;
+    };
+    executor_.run(threads_, [&](int64_t thread) {
+      for (int64_t i = 0; i < n_tiles && !executor_.stops(); ++i) {
+        run_tile(tiles_[i], thread, thread, wants_grad_q_ ? sums_of(thread, i) : nullptr, p_.head_dim);
+      }
+    });
+    if (!wants_grad_q_) return;
+    for_each_task(executor_, threads_, n_tiles, [&](int64_t i, int64_t) {
+      for (int64_t slice = 0; slice < threads_; ++slice) {
+        p_.dtype == ScalarType::float64 ? add_grad_q<double>(tiles_[i], sums_of(slice, i))
+                                        : add_grad_q<float>(tiles_[i], sums_of(slice, i));
+      }
+    });
+  }
+
+  template <typename T>
+  void add_grad_q(const Tile& tile, const char* sums) const {
+    T* target = reinterpret_cast<T*>(grad_q_sums(tile.batch, tile.head, tile.q_begin));
+    const T* rows = reinterpret_cast<const T*>(sums);
+    for (int64_t i = 0; i < tile.n_queries; ++i) {
+      for (int64_t d = 0; d < p_.head_dim; ++d) target[i * grad_q_stride() + d] += rows[i * p_.head_dim + d];
+    }
+  }
+
+  void run_tile(const Tile& tile, int64_t slice, int64_t thread, char* grad_q, int64_t stride) const {
+    const KeyRangeTableView table = schedule_.keys(tile.batch).table.view();
+    const std::vector<int32_t>& bounds = key_bounds_[schedule_.layout(tile.batch)];
+    if (!reads_any(table, tile.group, bounds[slice], bounds[slice + 1])) return;
+    const int64_t row = schedule_.first_row(planes_, tile.batch, tile.head);
+    const int64_t packed = row * schedule_.packed_row_bytes(), sums = row * schedule_.sum_row_bytes();
+    kernels_.backward_tile({
+        .params = &params_,
+        .batch = tile.batch,
+        .head = tile.head,
+        .q_begin = tile.q_begin,
+        .n_queries = tile.n_queries,
+        .k_rows = k_rows_.get() + packed,
+        .k_stack = (schedule_.has_stacks() ? k_stack_ : k_rows_).get() + packed,
+        .v_rows = v_rows_.get() + packed,
+        .key_ranges = table.k_ranges + 2 * table.k_offsets[tile.group],
+        .n_key_ranges = table.k_offsets[tile.group + 1] - table.k_offsets[tile.group],
+        .key_begin = bounds[slice],
+        .key_end = bounds[slice + 1],
+        .grad_q = grad_q,
+        .grad_q_stride = stride,
+        .grad_k_rows = grad_k_rows_ ? grad_k_rows_.get() + sums : nullptr,
+        .grad_v_rows = grad_v_rows_ ? grad_v_rows_.get() + sums : nullptr,
+        .scratch = scratch_.get() + thread * scratch_bytes_,
     });
   }
 
   // The packed row of every token of a batch element, below 0 where it has none.
   std::vector<int32_t> packed_rows(int64_t batch) const {
     std::vector<int32_t> rows(p_.n_keys, -1);
-    const std::vector<int32_t>& source = schedule_.keys(batch).source;
-    for (size_t j = 0; j < source.size(); ++j) {
-      if (source[j] >= 0) rows[source[j]] = static_cast<int32_t>(j);
+    const CompactedKeys& keys = schedule_.keys(batch);
+    for (int32_t j = 0; j < keys.first_copy; ++j) {
+      if (keys.source[j] >= 0) rows[keys.source[j]] = j;
     }
     return rows;
   }
 
-  void unpack(const char* rows, double scale, void* target) const {
+  // Adds the sums of copied keys to those of the keys, in their order.
+  template <typename T>
+  void add_copies(char* rows, const std::vector<std::vector<int32_t>>& packed_row) const {
+    const int64_t length = schedule_.sum_row_bytes() / static_cast<int64_t>(sizeof(T));
+    for_each_task(executor_, threads_, planes_.end - planes_.begin, [&](int64_t i, int64_t) {
+      const int64_t batch = (planes_.begin + i) / p_.heads, head = (planes_.begin + i) % p_.heads;
+      T* sums = reinterpret_cast<T*>(rows + schedule_.first_row(planes_, batch, head) * schedule_.sum_row_bytes());
+      const CompactedKeys& keys = schedule_.keys(batch);
+      for (size_t j = keys.first_copy; j < keys.source.size(); ++j) {
+        if (keys.source[j] < 0) continue;
+        T* target = sums + packed_row[batch][keys.source[j]] * length;
+        for (int64_t d = 0; d < length; ++d) target[d] += sums[j * length + d];
+      }
+    });
+  }
+
+  void unpack(char* rows, double scale, void* target) const {
     std::vector<std::vector<int32_t>> packed_row(p_.batch);
     for (int64_t plane = planes_.begin; plane < planes_.end; ++plane) {
       std::vector<int32_t>& of_batch = packed_row[plane / p_.heads];
       if (of_batch.empty()) of_batch = packed_rows(plane / p_.heads);
     }
+    p_.dtype == ScalarType::float64 ? add_copies<double>(rows, packed_row) : add_copies<float>(rows, packed_row);
     const std::vector<RowTask> tasks = row_tasks(planes_, p_.heads, [&](int64_t) { return p_.n_keys; });
     const Strides strides{p_.n_keys * p_.heads * p_.head_dim, p_.heads * p_.head_dim, p_.head_dim};
     for_each_task(executor_, threads_, static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {

@@ -54,6 +54,12 @@ struct ForwardTile {
   const int32_t* key_ranges;  // [n_key_ranges, 2] over packed keys, begins are multiples of key_alignment
   int64_t n_key_ranges;
   void* scratch;  // forward_scratch_bytes
+  // The keys of a tile may come in several calls with the same scratch: the first one begins it, the last one writes.
+  bool first = true;
+  bool last = true;
+  // Where to write results in the working type, of a tile whose keys are split; null: to out and lse of params.
+  void* partial_out = nullptr;  // [n_queries, head_dim]
+  void* partial_lse = nullptr;  // [n_queries]
 };
 
 // The same tile against the keys of its ranges that lie in [key_begin, key_end).

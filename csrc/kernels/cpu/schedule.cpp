@@ -1,5 +1,7 @@
 #include "kernels/cpu/schedule.h"
 
+#include "kernels/cpu/dispatch.h"
+
 namespace anchor_attention::cpu {
 namespace {
 
@@ -25,6 +27,17 @@ Buffer allocate(int64_t bytes) {
   return Buffer(static_cast<char*>(pointer));
 }
 
+const ProductKernels& suitable_products(const AttentionParams& p, bool allow_split_float32) {
+  const ProductKernels& products = selected_products(p.dtype, allow_split_float32);
+  const ProductKernels& vectors = selected_kernels().products;
+  const int64_t alignment = products.key_alignment(p.dtype);
+  if (alignment <= vectors.key_alignment(p.dtype)) return products;
+  int64_t n_keys = 0;
+  for (const KeyReaders& readers : count_readers(p.table)) n_keys += readers.end - readers.begin;
+  constexpr int64_t kMaxPadding = 4, kAnyPadding = 4096;
+  return alignment * p.table.n_ranges > kMaxPadding * n_keys + kAnyPadding ? vectors : products;
+}
+
 Schedule::Schedule(const AttentionParams& p, const ProductKernels& kernels)
     : params_(p),
       alignment_(kernels.key_alignment(p.dtype)),
@@ -33,7 +46,7 @@ Schedule::Schedule(const AttentionParams& p, const ProductKernels& kernels)
   const int64_t n_layouts = p.key_mask == nullptr ? std::min<int64_t>(p.batch, 1) : p.batch;
   for (int64_t b = 0; b < n_layouts; ++b) {
     const bool* mask = p.key_mask == nullptr ? nullptr : p.key_mask + b * p.key_mask_batch_stride;
-    layouts_.push_back(compact_keys(p.table, mask, p.n_keys, alignment_));
+    layouts_.push_back(compact_keys(p.table, mask, alignment_));
     areas_.push_back(static_cast<double>(layouts_.back().table.area()));
   }
   first_rows_.push_back(0);

@@ -41,6 +41,10 @@ struct Planes {
   int64_t end;
 };
 
+// The steps for a call: the matrix unit's, unless the ranges are so short and so many that padding each of them to its
+// alignment would take a multiple of the memory of the keys. Then the vectors', which need next to no padding.
+const ProductKernels& suitable_products(const AttentionParams& params, bool allow_split_float32);
+
 // The layout of one call.
 class Schedule {
  public:

@@ -103,21 +103,52 @@ ANCHOR_ATTENTION_INLINE void rescale_outputs(const TileForwardScratch<kParts>& s
   }
 }
 
+template <typename Target, int kParts>
+ANCHOR_ATTENTION_INLINE void store_tile_rows(const ForwardTile& tile, const TileForwardScratch<kParts>& s, Target* out,
+                                             int64_t out_stride, float* lse) {
+  constexpr double kLn2 = 0.6931471805599453;
+  const int64_t head_dim = tile.params->head_dim;
+  for (int64_t i = 0; i < tile.n_queries; ++i) {
+    const float inverse = s.row_sum[i] == 0 ? 0.0f : 1 / s.row_sum[i];
+    for (int64_t d = 0; d < head_dim; ++d) {
+      out[i * out_stride + d] = narrow<Target>(s.out_panel[d * kForwardTileQueries + i] * inverse);
+    }
+    lse[i] = static_cast<float>((s.row_max[i] + log2(s.row_sum[i])) * kLn2);
+  }
+}
+
 template <int kParts>
 ANCHOR_ATTENTION_INLINE void store_tile_outputs(const ForwardTile& tile, const TileForwardScratch<kParts>& s) {
   using Storage = TileStorage<kParts>;
-  constexpr double kLn2 = 0.6931471805599453;
   const AttentionParams& p = *tile.params;
+  if (tile.partial_out != nullptr) {
+    store_tile_rows(tile, s, static_cast<float*>(tile.partial_out), p.head_dim, static_cast<float*>(tile.partial_lse));
+    return;
+  }
   const int64_t out_stride = p.heads * p.head_dim;
   Storage* out =
       static_cast<Storage*>(p.out) + (tile.batch * p.n_queries + tile.q_begin) * out_stride + tile.head * p.head_dim;
   float* lse = static_cast<float*>(p.lse) + (tile.batch * p.heads + tile.head) * p.n_queries + tile.q_begin;
-  for (int64_t i = 0; i < tile.n_queries; ++i) {
-    const float inverse = s.row_sum[i] == 0 ? 0.0f : 1 / s.row_sum[i];
-    for (int64_t d = 0; d < p.head_dim; ++d) {
-      out[i * out_stride + d] = narrow<Storage>(s.out_panel[d * kForwardTileQueries + i] * inverse);
-    }
-    lse[i] = static_cast<float>((s.row_max[i] + log2(s.row_sum[i])) * kLn2);
+  store_tile_rows(tile, s, out, out_stride, lse);
+}
+
+template <int kParts>
+ANCHOR_ATTENTION_INLINE void begin_forward_tile(const ForwardTile& tile, int64_t padded,
+                                                const TileForwardScratch<kParts>& s) {
+  constexpr int64_t kQueries = kForwardTileQueries;
+  const AttentionParams& p = *tile.params;
+  load_queries<TileStorage<kParts>>(p, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.rows);
+  // The maximum is taken of unscaled scores, so the factor must not turn their order round.
+  if (p.scale < 0) {
+    for (int64_t i = 0; i < tile.n_queries * padded; ++i) s.rows[i] = -s.rows[i];
+  }
+  to_tile_panel<kParts>(s.rows, tile.n_queries, padded, kQueries, s.q_panel);
+  std::memset(s.out_panel, 0, padded * kQueries * sizeof(float));
+  // A finite start keeps −inf − (−inf) out of the exponent when every score so far is −inf.
+  constexpr float kLowest = -1e38f;
+  for (int64_t column = 0; column < kQueries; column += kLanes<float>) {
+    store(s.row_max + column, splat(kLowest));
+    store(s.row_sum + column, Vector<float>{});
   }
 }
 
@@ -129,20 +160,8 @@ void tile_forward(const ForwardTile& tile) {
   const int64_t padded = round_up_to_tile_block(p.head_dim);
   const TileForwardScratch<kParts> s(tile.scratch, padded);
 
-  load_queries<TileStorage<kParts>>(p, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.rows);
-  // The maximum is taken of unscaled scores, so the factor must not turn their order round.
-  if (p.scale < 0) {
-    for (int64_t i = 0; i < tile.n_queries * padded; ++i) s.rows[i] = -s.rows[i];
-  }
   const float factor = static_cast<float>((p.scale < 0 ? -p.scale : p.scale) * kLog2E);
-  to_tile_panel<kParts>(s.rows, tile.n_queries, padded, kQueries, s.q_panel);
-  std::memset(s.out_panel, 0, padded * kQueries * sizeof(float));
-  // A finite start keeps −inf − (−inf) out of the exponent when every score so far is −inf.
-  constexpr float kLowest = -1e38f;
-  for (int64_t column = 0; column < kQueries; column += kLanes<float>) {
-    store(s.row_max + column, splat(kLowest));
-    store(s.row_sum + column, Vector<float>{});
-  }
+  if (tile.first) begin_forward_tile(tile, padded, s);
 
   const auto scores = [&](const KeyChunk& chunk, int buffer) {
     return TileProduct{key_rows<kParts>(tile.k_rows, chunk.key, padded),
@@ -189,7 +208,7 @@ void tile_forward(const ForwardTile& tile) {
   queue.add(outputs(last, 1 - buffer));
   queue.finish();
   Tiles::release();
-  store_tile_outputs(tile, s);
+  if (tile.last) store_tile_outputs(tile, s);
 }
 
 }  // namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA

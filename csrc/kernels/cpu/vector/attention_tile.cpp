@@ -116,38 +116,43 @@ static ANCHOR_ATTENTION_NOINLINE void online_softmax(const ForwardScratch<Operan
   }
 }
 
-template <typename Storage, typename T = Working<Storage>>
-ANCHOR_ATTENTION_INLINE void store_outputs(const ForwardTile& tile,
-                                           const ForwardScratch<typename OperandOf<Storage>::Type>& s) {
-  const AttentionParams& p = *tile.params;
-  const int64_t out_stride = p.heads * p.head_dim;
-  Storage* out =
-      static_cast<Storage*>(p.out) + (tile.batch * p.n_queries + tile.q_begin) * out_stride + tile.head * p.head_dim;
-  T* lse = static_cast<T*>(p.lse) + (tile.batch * p.heads + tile.head) * p.n_queries + tile.q_begin;
+template <typename Target, typename Operand, typename T = Sum<Operand>>
+ANCHOR_ATTENTION_INLINE void store_rows(const ForwardTile& tile, const ForwardScratch<Operand>& s, Target* out,
+                                        int64_t out_stride, T* lse) {
+  const int64_t head_dim = tile.params->head_dim;
   for (int64_t i = 0; i < tile.n_queries; ++i) {
     // A sum of 0 says that every score was −inf: the output is 0, as without keys.
     const T inverse = s.row_sum[i] == 0 ? T(0) : 1 / s.row_sum[i];
-    const T* out_column = s.out_panel + i / kStripColumns<T> * kStripColumns<T> * p.head_dim + i % kStripColumns<T>;
-    for (int64_t d = 0; d < p.head_dim; ++d) {
-      out[i * out_stride + d] = narrow<Storage>(out_column[d * kStripColumns<T>] * inverse);
+    const T* out_column = s.out_panel + i / kStripColumns<T> * kStripColumns<T> * head_dim + i % kStripColumns<T>;
+    for (int64_t d = 0; d < head_dim; ++d) {
+      out[i * out_stride + d] = narrow<Target>(out_column[d * kStripColumns<T>] * inverse);
     }
     lse[i] = static_cast<T>((s.row_max[i] + log2(s.row_sum[i])) * kLn2);
   }
 }
 
 template <typename Storage, typename T = Working<Storage>>
-void forward_tile_of(const ForwardTile& tile) {
-  using Operand = typename OperandOf<Storage>::Type;
+ANCHOR_ATTENTION_INLINE void store_outputs(const ForwardTile& tile,
+                                           const ForwardScratch<typename OperandOf<Storage>::Type>& s) {
   const AttentionParams& p = *tile.params;
-  const int64_t padded = round_up_to_lanes<T>(p.head_dim);
-  const int64_t columns = round_up_to_lanes<T>(tile.n_queries);
-  const ForwardScratch<Operand> s(tile.scratch, p.head_dim);
-  // The maximum is taken of unscaled scores, so the factor must not turn their order round: its sign goes into q.
-  const T signed_factor = static_cast<T>(p.scale * kLog2E);
-  const T factor = signed_factor < 0 ? -signed_factor : signed_factor;
+  if (tile.partial_out != nullptr) {
+    store_rows(tile, s, static_cast<T*>(tile.partial_out), p.head_dim, static_cast<T*>(tile.partial_lse));
+    return;
+  }
+  const int64_t out_stride = p.heads * p.head_dim;
+  Storage* out =
+      static_cast<Storage*>(p.out) + (tile.batch * p.n_queries + tile.q_begin) * out_stride + tile.head * p.head_dim;
+  T* lse = static_cast<T*>(p.lse) + (tile.batch * p.heads + tile.head) * p.n_queries + tile.q_begin;
+  store_rows(tile, s, out, out_stride, lse);
+}
 
+template <typename Storage, typename T = Working<Storage>>
+ANCHOR_ATTENTION_INLINE void begin_tile(const ForwardTile& tile, int64_t padded,
+                                        const ForwardScratch<typename OperandOf<Storage>::Type>& s) {
+  const AttentionParams& p = *tile.params;
   load_queries<Storage>(p, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.rows);
-  if (signed_factor < 0) {
+  // The maximum is taken of unscaled scores, so the factor must not turn their order round: its sign goes into q.
+  if (p.scale < 0) {
     for (int64_t i = 0; i < tile.n_queries * padded; ++i) s.rows[i] = -s.rows[i];
   }
   to_panel(s.rows, tile.n_queries, padded, p.head_dim, s.q_panel);
@@ -158,6 +163,18 @@ void forward_tile_of(const ForwardTile& tile) {
     store(s.row_max + column, splat(kLowest));
     store(s.row_sum + column, Vector<T>{});
   }
+}
+
+template <typename Storage, typename T = Working<Storage>>
+void forward_tile_of(const ForwardTile& tile) {
+  using Operand = typename OperandOf<Storage>::Type;
+  const AttentionParams& p = *tile.params;
+  const int64_t padded = round_up_to_lanes<T>(p.head_dim);
+  const int64_t columns = round_up_to_lanes<T>(tile.n_queries);
+  const ForwardScratch<Operand> s(tile.scratch, p.head_dim);
+  const T factor = static_cast<T>((p.scale < 0 ? -p.scale : p.scale) * kLog2E);
+
+  if (tile.first) begin_tile<Storage>(tile, padded, s);
 
   constexpr int64_t kStrip = kStripColumns<T>;
   const int64_t k_stride = padded / kDepth<Operand>;
@@ -183,7 +200,7 @@ void forward_tile_of(const ForwardTile& tile) {
       }
     }
   }
-  store_outputs<Storage>(tile, s);
+  if (tile.last) store_outputs<Storage>(tile, s);
 }
 
 }  // namespace
