@@ -8,6 +8,7 @@ set(HOST_SOURCES
   csrc/host/canonical_key_ranges.cpp
   csrc/host/checks.cpp
   csrc/host/cpu.cpp
+  csrc/host/interrupts.cpp
   csrc/host/rope.cpp)
 
 # No torch, and compiled once.

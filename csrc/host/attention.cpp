@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 
@@ -14,23 +15,24 @@ using Dtype = torch::headeronly::ScalarType;
 
 Dtype lse_dtype(ScalarType dtype) { return dtype == ScalarType::float64 ? Dtype::Double : Dtype::Float; }
 
+// Whether ranges reach beyond the tokens, but would not if tokens and heads changed places.
+bool fit_heads_first(const std::vector<int64_t>& ranges, const Tensor& tensor) {
+  const int64_t end = ranges.empty() ? 0 : *std::max_element(ranges.begin(), ranges.end());
+  return tensor.size(1) < end && end <= tensor.size(2);
+}
+
 KeyRangeTable checked_table(const std::vector<int64_t>& q_ranges, const std::vector<int64_t>& k_offsets,
-                            const std::vector<int64_t>& k_ranges, int64_t n_queries, int64_t n_keys) {
+                            const std::vector<int64_t>& k_ranges, const Tensor& q, const Tensor& k) {
   try {
-    return make_key_range_table(q_ranges, k_offsets, k_ranges, n_queries, n_keys);
+    return make_key_range_table(q_ranges, k_offsets, k_ranges, q.size(1), k.size(1));
   } catch (const std::invalid_argument& error) {
-    throw std::runtime_error(std::string("anchor_attention: ") + error.what());
+    const bool heads_first = fit_heads_first(q_ranges, q) || fit_heads_first(k_ranges, k);
+    throw std::runtime_error(std::string("anchor_attention: ") + error.what() + (heads_first ? kHeadsFirst : ""));
   }
 }
 
-std::vector<int64_t> shape_of(const Tensor& tensor) {
-  std::vector<int64_t> shape;
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) shape.push_back(tensor.size(axis));
-  return shape;
-}
-
-Tensor new_gradient(const Tensor& tensor, bool needed, void*& data) {
-  Tensor grad = torch::stable::new_empty(tensor, needed ? shape_of(tensor) : std::vector<int64_t>{0});
+Tensor new_gradient(const char* name, const Tensor& tensor, bool needed, void*& data) {
+  Tensor grad = new_empty(name, tensor, needed ? shape_of(tensor) : std::vector<int64_t>{0}, tensor.scalar_type());
   data = needed ? grad.mutable_data_ptr() : nullptr;
   return grad;
 }
@@ -50,7 +52,8 @@ CheckedAttention check_attention(const Tensor& q, const Tensor& k, const Tensor&
   const int64_t head_dim = q.size(3);
   const int64_t n_keys = k.size(1);
   check(head_dim >= 1, "q must have a head_dim of at least 1, got shape ", shape_text(q));
-  check_shape("k", k, {batch, n_keys, heads, head_dim});
+  const bool heads_first = k.size(0) == batch && k.size(1) == n_queries && k.size(3) == head_dim;
+  check_shape("k", k, {batch, n_keys, heads, head_dim}, heads_first);
   check_shape("v", v, {batch, n_keys, heads, head_dim});
   check_same_device("k", k, "q", q);
   check_same_device("v", v, "q", q);
@@ -62,16 +65,16 @@ CheckedAttention check_attention(const Tensor& q, const Tensor& k, const Tensor&
   check_last_axis_contiguous("v", v);
   if (q_freqs) check_freqs("q_freqs", *q_freqs, "q", q, dtype, batch, n_queries, head_dim);
   if (key_mask) {
-    check_shape("key_mask", *key_mask, {batch, n_keys});
+    check_shape("key_mask", *key_mask, {batch, n_keys},
+                key_mask->dim() == 2 && key_mask->size(0) == batch && key_mask->size(1) == k.size(2));
     check_same_device("key_mask", *key_mask, "q", q);
     check(key_mask->scalar_type() == Dtype::Bool, "key_mask must be Bool, got ",
           torch::headeronly::toString(key_mask->scalar_type()));
-    check_last_axis_contiguous("key_mask", *key_mask);
   }
   const double factor = scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
   check(std::isfinite(factor), "scale must be finite, got ", factor);
 
-  CheckedAttention checked{checked_table(q_ranges, k_offsets, k_ranges, n_queries, n_keys), {}};
+  CheckedAttention checked{checked_table(q_ranges, k_offsets, k_ranges, q, k), {}};
   AttentionParams& p = checked.params;
   p.q = q.const_data_ptr();
   p.k = k.const_data_ptr();
@@ -128,8 +131,8 @@ AttentionBackwardParams check_attention_backward(const AttentionParams& forward,
 }
 
 std::tuple<Tensor, Tensor> new_outputs(const Tensor& q, AttentionParams& p) {
-  Tensor out = torch::stable::new_empty(q, {p.batch, p.n_queries, p.heads, p.head_dim});
-  Tensor lse = torch::stable::new_empty(q, {p.batch, p.heads, p.n_queries}, lse_dtype(p.dtype));
+  Tensor out = new_empty("out", q, {p.batch, p.n_queries, p.heads, p.head_dim}, q.scalar_type());
+  Tensor lse = new_empty("lse", q, {p.batch, p.heads, p.n_queries}, lse_dtype(p.dtype));
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   return {out, lse};
@@ -139,12 +142,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> new_gradients(const Tensor& q, const 
                                                          const std::optional<Tensor>& q_freqs, bool need_q, bool need_k,
                                                          bool need_v, bool need_q_freqs, AttentionBackwardParams& p) {
   check(q_freqs.has_value() || !need_q_freqs, "need_q_freqs is true, but there are no q_freqs");
-  Tensor grad_q = new_gradient(q, need_q, p.grad_q);
-  Tensor grad_k = new_gradient(k, need_k, p.grad_k);
-  Tensor grad_v = new_gradient(v, need_v, p.grad_v);
-  Tensor grad_q_freqs = new_gradient(need_q_freqs ? *q_freqs : q, need_q_freqs, p.grad_q_freqs);
-  // Sums over nothing: no kernel visits them.
-  if (need_q_freqs && p.forward.batch * p.forward.heads == 0) torch::stable::zero_(grad_q_freqs);
+  Tensor grad_q = new_gradient("grad_q", q, need_q, p.grad_q);
+  Tensor grad_k = new_gradient("grad_k", k, need_k, p.grad_k);
+  Tensor grad_v = new_gradient("grad_v", v, need_v, p.grad_v);
+  Tensor grad_q_freqs = new_gradient("grad_q_freqs", need_q_freqs ? *q_freqs : q, need_q_freqs, p.grad_q_freqs);
+  // Sums over nothing: no kernel is called.
+  if (q.numel() == 0) {
+    for (Tensor* grad : {&grad_k, &grad_v, &grad_q_freqs}) torch::stable::zero_(*grad);
+  }
   return {grad_q, grad_k, grad_v, grad_q_freqs};
 }
 

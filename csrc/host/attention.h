@@ -26,7 +26,7 @@ CheckedAttention check_attention(const Tensor& q, const Tensor& k, const Tensor&
                                  const std::vector<int64_t>& k_ranges, const std::optional<Tensor>& q_freqs,
                                  const std::optional<Tensor>& key_mask, std::optional<double> scale);
 
-// Checks what the backward takes besides. grad_out and grad_lse are readable_gradient()s; the gradients are not set.
+// Checks what the backward takes besides. grad_out and grad_lse are readable()s; the gradients are not set.
 AttentionBackwardParams check_attention_backward(const AttentionParams& forward, const Tensor& grad_out,
                                                  const std::optional<Tensor>& grad_lse, const Tensor& q,
                                                  const Tensor& out, const Tensor& lse);
@@ -34,8 +34,8 @@ AttentionBackwardParams check_attention_backward(const AttentionParams& forward,
 // Uninitialised (out, lse), put into the params.
 std::tuple<Tensor, Tensor> new_outputs(const Tensor& q, AttentionParams& params);
 
-// Uninitialised gradients, put into the params; a gradient that is not needed is an empty tensor, because the schema's
-// returns are not optional.
+// Gradients, put into the params: uninitialised where there are queries to compute them from, else zeros. One that is
+// not needed is an empty tensor, because the schema's returns are not optional.
 std::tuple<Tensor, Tensor, Tensor, Tensor> new_gradients(const Tensor& q, const Tensor& k, const Tensor& v,
                                                          const std::optional<Tensor>& q_freqs, bool need_q, bool need_k,
                                                          bool need_v, bool need_q_freqs,
@@ -46,9 +46,11 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, std::vector<i
                                      std::vector<int64_t> k_offsets, std::vector<int64_t> k_ranges,
                                      std::optional<Tensor> q_freqs, std::optional<Tensor> key_mask,
                                      std::optional<double> scale, bool allow_tf32) {
+  if (q_freqs) q_freqs = readable(*q_freqs);
+  if (key_mask) key_mask = readable(*key_mask);
   CheckedAttention checked = check_attention(q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale);
   auto outputs = new_outputs(q, checked.params);
-  Device::attention(checked.params, q, allow_tf32);
+  if (q.numel() > 0) Device::attention(checked.params, q, allow_tf32);
   return outputs;
 }
 
@@ -58,13 +60,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     std::vector<int64_t> q_ranges, std::vector<int64_t> k_offsets, std::vector<int64_t> k_ranges,
     std::optional<Tensor> q_freqs, std::optional<Tensor> key_mask, std::optional<double> scale, bool allow_tf32,
     bool need_q, bool need_k, bool need_v, bool need_q_freqs) {
-  if (q_freqs) q_freqs = differentiable_freqs(*q_freqs, need_q_freqs);
+  if (q_freqs) q_freqs = differentiable_freqs(readable(*q_freqs), need_q_freqs);
+  if (key_mask) key_mask = readable(*key_mask);
   const CheckedAttention checked = check_attention(q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale);
-  grad_out = readable_gradient(grad_out);
+  grad_out = readable(grad_out);
   if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
   AttentionBackwardParams params = check_attention_backward(checked.params, grad_out, grad_lse, q, out, lse);
   auto gradients = new_gradients(q, k, v, q_freqs, need_q, need_k, need_v, need_q_freqs, params);
-  Device::attention_backward(params, q, allow_tf32);
+  if (q.numel() > 0) Device::attention_backward(params, q, allow_tf32);
   return gradients;
 }
 

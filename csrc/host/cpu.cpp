@@ -1,20 +1,33 @@
 #include <torch/csrc/stable/ops.h>
 
+#include <new>
+#include <stdexcept>
+
 #include "host/device.h"
+#include "host/interrupts.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/dispatch.h"
 
 namespace anchor_attention {
 namespace {
 
-// torch's thread pool behind the interface of the kernels.
-cpu::Executor torch_executor() {
-  return {static_cast<int64_t>(torch::stable::get_num_threads()),
-          [](int64_t n, const std::function<void(int64_t)>& task) {
-            torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) task(i);
-            });
-          }};
+// Runs kernels on torch's thread pool.
+template <typename Kernels>
+void run(const Kernels& kernels) {
+  Interrupts interrupts;
+  const cpu::Executor executor{static_cast<int64_t>(torch::stable::get_num_threads()),
+                               [](int64_t n, const std::function<void(int64_t)>& task) {
+                                 torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+                                   for (int64_t i = begin; i < end; ++i) task(i);
+                                 });
+                               },
+                               [&] { return interrupts.stops(); }};
+  try {
+    kernels(executor);
+  } catch (const std::bad_alloc& error) {
+    throw std::runtime_error(std::string("anchor_attention: out of memory: can't allocate memory: ") + error.what());
+  }
+  interrupts.throw_if_stopped();
 }
 
 }  // namespace
@@ -31,17 +44,19 @@ std::tuple<std::string, std::string, std::string> cpu_instruction_sets() {
 
 // What allows TF32 on a GPU allows products of bfloat16 parts here: they are more exact.
 void Cpu::attention(const AttentionParams& params, const Tensor&, bool allow_tf32) {
-  cpu::attention(params, torch_executor(), allow_tf32);
+  run([&](const cpu::Executor& executor) { cpu::attention(params, executor, allow_tf32); });
 }
 
 void Cpu::attention_backward(const AttentionBackwardParams& params, const Tensor&, bool allow_tf32) {
-  cpu::attention_backward(params, torch_executor(), allow_tf32);
+  run([&](const cpu::Executor& executor) { cpu::attention_backward(params, executor, allow_tf32); });
 }
 
-void Cpu::rope(const RopeParams& params, const Tensor&) { cpu::rope(params, torch_executor()); }
+void Cpu::rope(const RopeParams& params, const Tensor&) {
+  run([&](const cpu::Executor& executor) { cpu::rope(params, executor); });
+}
 
 void Cpu::rope_backward(const RopeBackwardParams& params, const Tensor&) {
-  cpu::rope_backward(params, torch_executor());
+  run([&](const cpu::Executor& executor) { cpu::rope_backward(params, executor); });
 }
 
 }  // namespace anchor_attention

@@ -46,7 +46,7 @@ RopeBackwardParams check_rope_backward(const Tensor& grad_out, const std::option
 }
 
 Tensor new_rotated(const Tensor& x, RopeParams& p) {
-  Tensor rotated = torch::stable::new_empty(x, {p.batch, p.tokens, p.heads, p.head_dim});
+  Tensor rotated = new_empty("the rotated x", x, {p.batch, p.tokens, p.heads, p.head_dim}, x.scalar_type());
   p.out = rotated.mutable_data_ptr();
   return rotated;
 }
@@ -56,9 +56,9 @@ std::tuple<Tensor, Tensor> new_rope_gradients(const Tensor& grad_out, const Tens
   const RopeParams& f = p.forward;
   const std::vector<int64_t> none{0};
   Tensor grad_x =
-      torch::stable::new_empty(grad_out, need_x ? std::vector<int64_t>{f.batch, f.tokens, f.heads, f.head_dim} : none);
-  Tensor grad_freqs = torch::stable::new_empty(
-      freqs, need_freqs ? std::vector<int64_t>{freqs.size(0), freqs.size(1), freqs.size(2)} : none);
+      new_empty("grad_x", grad_out, need_x ? std::vector<int64_t>{f.batch, f.tokens, f.heads, f.head_dim} : none,
+                grad_out.scalar_type());
+  Tensor grad_freqs = new_empty("grad_freqs", freqs, need_freqs ? shape_of(freqs) : none, freqs.scalar_type());
   p.grad_x = need_x ? grad_x.mutable_data_ptr() : nullptr;
   p.grad_freqs = need_freqs ? grad_freqs.mutable_data_ptr() : nullptr;
   // Sums over nothing: no kernel visits them.

@@ -13,7 +13,7 @@ namespace anchor_attention {
 
 RopeParams check_rope(const char* x_name, const Tensor& x, const Tensor& freqs);  // out is not set
 
-// grad_out is a readable_gradient(); the gradients are not set.
+// grad_out is a readable(); the gradients are not set.
 RopeBackwardParams check_rope_backward(const Tensor& grad_out, const std::optional<Tensor>& x, const Tensor& freqs,
                                        bool need_freqs);
 
@@ -24,6 +24,7 @@ std::tuple<Tensor, Tensor> new_rope_gradients(const Tensor& grad_out, const Tens
 
 template <typename Device>
 Tensor rope(Tensor x, Tensor freqs) {
+  freqs = readable(freqs);
   RopeParams params = check_rope("x", x, freqs);
   Tensor rotated = new_rotated(x, params);
   if (rotated.numel() > 0) Device::rope(params, x);
@@ -33,8 +34,8 @@ Tensor rope(Tensor x, Tensor freqs) {
 template <typename Device>
 std::tuple<Tensor, Tensor> rope_backward(Tensor grad_out, std::optional<Tensor> x, Tensor freqs, bool need_x,
                                          bool need_freqs) {
-  grad_out = readable_gradient(grad_out);
-  freqs = differentiable_freqs(freqs, need_freqs);
+  grad_out = readable(grad_out);
+  freqs = differentiable_freqs(readable(freqs), need_freqs);
   RopeBackwardParams params = check_rope_backward(grad_out, x, freqs, need_freqs);
   auto gradients = new_rope_gradients(grad_out, freqs, need_x, need_freqs, params);
   if (grad_out.numel() > 0) Device::rope_backward(params, grad_out);

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .key_range_table import KeyRangeTable
+from .key_range_table import KeyRangeTable, integers
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -106,7 +106,8 @@ def from_gappy_keys(cu_seqlens_q: Sequence[int] | Tensor, k_begins: Any, k_lengt
     Raises:
         ValueError: If the lengths do not match.
     """
-    queries, begins, lengths = (_integers(numbers) for numbers in (cu_seqlens_q, k_begins, k_lengths))
+    queries = integers("cu_seqlens_q", cu_seqlens_q)
+    begins, lengths = integers("k_begins", k_begins), integers("k_lengths", k_lengths)
     n = len(queries) - 1
     if n < 0 or queries[0] != 0 or len(begins) not in (n, n + 1) or len(lengths) != n:
         raise ValueError(
@@ -159,6 +160,10 @@ def from_dense(mask: Tensor, *, max_ranges: int = MAX_RANGES) -> KeyRangeTable:
     Raises:
         ValueError: If the mask varies over batch or heads, is scattered into too many ranges, or holds other numbers.
     """
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"mask must be a torch.Tensor, got {type(mask)!r}")
+    if mask.device.type == "meta":
+        raise ValueError("mask must hold values, but a tensor on the meta device has none")
     if mask.dim() < 2:
         raise ValueError(f"mask must be (..., queries, keys), got shape {tuple(mask.shape)}")
     if mask.is_floating_point():
@@ -227,6 +232,8 @@ def from_prefix(n_tokens: int, n: int) -> KeyRangeTable:
     Raises:
         ValueError: If not 0 <= n <= n_tokens.
     """
+    for name, number in (("n_tokens", n_tokens), ("n", n)):
+        integers(name, [number])
     if not 0 <= n <= n_tokens:
         raise ValueError(f"n must be between 0 and n_tokens={n_tokens}, got {n}")
     return KeyRangeTable((0, n_tokens), (0, 1), (0, n))
@@ -292,7 +299,3 @@ def _runs(row: Tensor) -> list[Slice]:
     steps = torch.diff(torch.cat((edge, row, edge)).to(torch.int8)).cpu()
     begins, ends = (steps == 1).nonzero().flatten().tolist(), (steps == -1).nonzero().flatten().tolist()
     return list(zip(begins, ends, strict=True))
-
-
-def _integers(numbers: Any) -> list[int]:
-    return [int(number) for number in torch.as_tensor(numbers).tolist()]

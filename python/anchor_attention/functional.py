@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import torch
 
-from . import _context, ops
+from . import _context, argument_checks, ops
 from .key_range_table import KeyRangeTable
 from .reference import anchor_attention_reference, rope_reference
 
@@ -57,7 +58,8 @@ def anchor_attention(
     q_freqs: torch.Tensor | None = ...,
     k_freqs: torch.Tensor | None = ...,
     key_mask: torch.Tensor | None = ...,
-    scale: float | None = ...,
+    scale: float | torch.Tensor | None = ...,
+    allow_uncovered: bool = ...,
     return_lse: Literal[False] = ...,
 ) -> torch.Tensor: ...
 
@@ -72,7 +74,8 @@ def anchor_attention(
     q_freqs: torch.Tensor | None = ...,
     k_freqs: torch.Tensor | None = ...,
     key_mask: torch.Tensor | None = ...,
-    scale: float | None = ...,
+    scale: float | torch.Tensor | None = ...,
+    allow_uncovered: bool = ...,
     return_lse: Literal[True],
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -86,7 +89,8 @@ def anchor_attention(
     q_freqs: torch.Tensor | None = None,
     k_freqs: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
-    scale: float | None = None,
+    scale: float | torch.Tensor | None = None,
+    allow_uncovered: bool = True,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in which every group of queries reads its own ranges of keys.
@@ -107,9 +111,12 @@ def anchor_attention(
         v: (B, Nk, H, D) values; likewise.
         table: Who reads whom.
         q_freqs: (B or 1, Nq, D / 2) complex64 rotary factors, applied to the interleaved pairs of q in float32.
-        k_freqs: (B or 1, Nk, D / 2) complex64, likewise for k.
+        k_freqs: (B or 1, Nk, D / 2) complex64, likewise for k. With float64 q and k, both are complex128, and complex64
+            is converted.
         key_mask: (B, Nk) bool, True where the key exists.
-        scale: Factor of the scores; D^-½ when None.
+        scale: Factor of the scores; D^-½ when None. A tensor of one element, which may be learnt, is multiplied into q.
+        allow_uncovered: Whether queries may read no key by the table. False makes them an error (and under
+            ``torch.compile`` a guard on the table).
         return_lse: Whether to return lse as well.
 
     Returns:
@@ -118,18 +125,28 @@ def anchor_attention(
 
     Raises:
         RuntimeError: If a shape, dtype, device, stride or range does not fit; the text names the argument and value.
+        ValueError: If an argument is of another type, or a query reads no key where that is not allowed.
     """
+    _check_types(table, q=q, k=k, v=v, q_freqs=q_freqs, k_freqs=k_freqs, key_mask=key_mask)
+    if not allow_uncovered:
+        table.check_coverage(q.shape[1])
     q, k, v = _autocast(q, k, v)
+    if isinstance(scale, torch.Tensor):
+        q, scale = _scaled(q, scale), 1.0
+    if q.dtype == torch.float64:
+        q_freqs, k_freqs = _widened(q_freqs), _widened(k_freqs)
     if _context.backend == "reference":
-        return anchor_attention_reference(
+        return _checked_reference(
             q, k, v, table, q_freqs=q_freqs, k_freqs=k_freqs, key_mask=key_mask, scale=scale, return_lse=return_lse
         )
     if k_freqs is not None:
-        k = rope(k, k_freqs)
+        k = _rotated_keys(k, k_freqs)
     allow_tf32 = q.dtype == torch.float32 and _tf32_is_allowed()
     # A tracer takes the operation into its graph.
-    call = torch.ops.anchor_attention.attention.default if torch.compiler.is_compiling() else ops.attention
-    out, lse = call(q, k, v, table.q_ranges, table.k_offsets, table.k_ranges, q_freqs, key_mask, scale, allow_tf32)
+    is_traced = torch.compiler.is_compiling()
+    call: Callable[..., Any] = torch.ops.anchor_attention.attention.default if is_traced else ops.attention
+    ranges = table.padded_ranges if is_traced else (table.q_ranges, table.k_offsets, table.k_ranges)
+    out, lse = call(q, k, v, *ranges, q_freqs, key_mask, scale, allow_tf32)
     return (out, lse) if return_lse else out
 
 
@@ -138,7 +155,8 @@ def rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
 
     Args:
         x: (B, N, H, D), any strides with a contiguous last axis; D even.
-        freqs: (B or 1, N, D / 2) complex64 (complex128 for float64), arbitrary values, usually of modulus 1.
+        freqs: (B or 1, N, D / 2) complex64 (for float64 complex128, or complex64 to be converted), arbitrary values,
+            usually of modulus 1.
 
     Returns:
         (B, N, H, D), contiguous; computed in float32 and rounded to x's dtype.
@@ -148,7 +166,14 @@ def rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
 
     Source: Su et al., RoFormer, arXiv:2104.09864.
     """
+    for name, tensor in (("x", x), ("freqs", freqs)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor)!r}")
+    if x.dtype == torch.float64 and freqs.dtype == torch.complex64:
+        freqs = freqs.to(torch.complex128)
     if _context.backend == "reference":
+        if not torch.compiler.is_compiling():
+            argument_checks.rope("x", x, freqs)
         return rope_reference(x, freqs)
     call = torch.ops.anchor_attention.rope.default if torch.compiler.is_compiling() else ops.rope
     rotated: torch.Tensor = call(x, freqs)
@@ -172,15 +197,74 @@ def merge_attention(
     Raises:
         ValueError: If there is no part or the numbers of outs and lses differ.
     """
+    if isinstance(outs, torch.Tensor) or isinstance(lses, torch.Tensor):
+        raise ValueError("outs and lses must be lists or tuples of tensors, one of each for each part, got a tensor")
     if not outs or len(outs) != len(lses):
         raise ValueError(f"outs and lses must be equally many, at least one, got {len(outs)} and {len(lses)}")
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        batch, n_queries, heads, head_dim = outs[0].shape
+        if out.shape != (batch, n_queries, heads, head_dim) or lse.shape != (batch, heads, n_queries):
+            raise ValueError(
+                f"outs[{i}] and lses[{i}] must have shapes {(batch, n_queries, heads, head_dim)} and "
+                f"{(batch, heads, n_queries)}, got {tuple(out.shape)} and {tuple(lse.shape)}"
+            )
     stacked = torch.stack(tuple(lses))
-    lse = torch.logsumexp(stacked, dim=0)
-    reachable = lse > -torch.inf
-    weights = torch.exp(stacked - torch.where(reachable, lse, 0.0))
-    weights = weights.transpose(-1, -2).unsqueeze(-1)
+    # Where no part has a key, 0 stands for −inf on the way: the derivative of logsumexp there would be NaN.
+    reachable = (stacked != -torch.inf).any(dim=0)
+    lse = torch.logsumexp(torch.where(reachable, stacked, 0.0), dim=0)
+    weights = torch.exp(stacked - lse).transpose(-1, -2).unsqueeze(-1)
     out = (torch.stack(tuple(outs)).to(weights.dtype) * weights).sum(0).to(outs[0].dtype)
-    return out, lse
+    return out, torch.where(reachable, lse, -torch.inf)
+
+
+def _check_types(table: KeyRangeTable, **tensors: torch.Tensor | None) -> None:
+    if not isinstance(table, KeyRangeTable):
+        kind = f"a tensor of shape {tuple(table.shape)}" if isinstance(table, torch.Tensor) else repr(type(table))
+        raise ValueError(
+            "table must be a KeyRangeTable, as KeyRangeTable.from_ranges makes of rows and converters.from_dense of a "
+            f"mask, got {kind}"
+        )
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) and (tensor is not None or name in ("q", "k", "v")):
+            raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor)!r}")
+
+
+def _scaled(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """q times a factor of the scores, which takes its gradient from there."""
+    if scale.numel() != 1:
+        raise ValueError(
+            f"scale must be a number or a tensor of one element, got shape {tuple(scale.shape)}: "
+            "multiply q by factors of heads or tokens"
+        )
+    return (q * scale.reshape(())).to(q.dtype)
+
+
+def _widened(freqs: torch.Tensor | None) -> torch.Tensor | None:
+    return freqs.to(torch.complex128) if freqs is not None and freqs.dtype == torch.complex64 else freqs
+
+
+def _rotated_keys(k: torch.Tensor, k_freqs: torch.Tensor) -> torch.Tensor:
+    try:
+        return rope(k, k_freqs)
+    except RuntimeError as error:
+        text = str(error)
+        if not text.startswith("anchor_attention: "):
+            raise
+        # The operation knows them by the names of its own arguments.
+        raise RuntimeError(re.sub(r"\bx\b", "k", re.sub(r"\bfreqs\b", "k_freqs", text))) from None
+
+
+def _checked_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: KeyRangeTable, **keywords: Any
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Refuses what the operation refuses, in its words."""
+    if not torch.compiler.is_compiling():
+        q_freqs, k_freqs = keywords["q_freqs"], keywords["k_freqs"]
+        ranges = (table.q_ranges, table.k_offsets, table.k_ranges)
+        argument_checks.attention(q, k, v, *ranges, q_freqs, keywords["key_mask"], keywords["scale"])
+        if k_freqs is not None:
+            argument_checks.rope("k", k, k_freqs, "k_freqs")
+    return anchor_attention_reference(q, k, v, table, **keywords)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,18 +40,29 @@ class KeyRangeTable:
         ValueError: If a range is negative, reversed or too large, query ranges overlap, or offsets decrease.
     """
 
-    __slots__ = ("k_offsets", "k_ranges", "q_ranges")
+    __slots__ = ("k_offsets", "k_ranges", "padded_ranges", "q_ranges")
 
     q_ranges: tuple[int, ...]
     k_offsets: tuple[int, ...]
     k_ranges: tuple[int, ...]
+    # The same three with empty ranges behind them: a tracer takes their lengths for constants, and few of those serve
+    # batches of every number of samples.
+    padded_ranges: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
     def __init__(self, q_ranges: Iterable[int], k_offsets: Iterable[int], k_ranges: Iterable[int]) -> None:
-        table = (tuple(q_ranges), tuple(k_offsets), tuple(k_ranges))
-        if not torch.compiler.is_compiling():
+        names = ("q_ranges", "k_offsets", "k_ranges")
+        for name, numbers in zip(names, (q_ranges, k_offsets, k_ranges), strict=True):
+            if not isinstance(numbers, Iterable):
+                raise ValueError(f"{name} must be integers in a sequence, array or tensor, got {numbers!r:.60}")
+        table = padded = (tuple(q_ranges), tuple(k_offsets), tuple(k_ranges))
+        if not _is_traced(table):
+            for name, numbers in zip(names, table, strict=True):
+                _check_integers(name, numbers)
             table = _canonical(*table)
-        for name, numbers in zip(("q_ranges", "k_offsets", "k_ranges"), table, strict=True):
+            padded = _padded(*table)
+        for name, numbers in zip(names, table, strict=True):
             object.__setattr__(self, name, numbers)
+        object.__setattr__(self, "padded_ranges", padded)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"KeyRangeTable is immutable: can't set {name!r}")
@@ -159,8 +171,8 @@ class KeyRangeTable:
         Raises:
             ValueError: If the lengths differ, or an entry is smaller than the one before.
         """
-        bounds_q = _integers("cu_seqlens_q", cu_seqlens_q)
-        bounds_k = _integers("cu_seqlens_k", cu_seqlens_k)
+        bounds_q = integers("cu_seqlens_q", cu_seqlens_q)
+        bounds_k = integers("cu_seqlens_k", cu_seqlens_k)
         if len(bounds_q) != len(bounds_k):
             raise ValueError(
                 f"cu_seqlens_q and cu_seqlens_k must be equally long, got {len(bounds_q)} and {len(bounds_k)} entries"
@@ -192,6 +204,21 @@ class KeyRangeTable:
             (q_end - q_begin) * sum(end - begin for begin, end in keys) for (q_begin, q_end), keys in self.entries()
         )
 
+    def check_coverage(self, n_queries: int) -> None:
+        """Checks that each of the queries ``[0, n_queries)`` reads a key.
+
+        Raises:
+            ValueError: If one reads none; the text names the first run of them.
+        """
+        covered = 0
+        for (q_begin, q_end), keys in [*self.entries(), ((n_queries, n_queries), [(0, 1)])]:
+            if covered < q_begin <= n_queries:
+                raise ValueError(
+                    f"table must cover every query, but [{covered}, {q_begin}) of {n_queries} queries read no key"
+                )
+            if any(begin < end for begin, end in keys):
+                covered = q_end
+
     def to_dense(self, n_queries: int, n_keys: int) -> torch.Tensor:
         """Returns the table as a (n_queries, n_keys) bool mask, True where a query reads a key.
 
@@ -219,6 +246,9 @@ class KeyRangeTable:
         Raises:
             ValueError: As :meth:`to_dense`.
         """
+        sizes = block_size if isinstance(block_size, (list, tuple)) else (block_size,) * 2
+        if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"block_size must be a positive integer or a pair of them, got {block_size!r}")
         self._check_expressible_as_mask(n_queries, n_keys)
         return make_block_mask(self, n_queries, n_keys, block_size, device)
 
@@ -286,26 +316,83 @@ def _named_slice(slices: Mapping[str, Slice], name: str) -> Slice:
     return slices[name]
 
 
-def _integers(name: str, numbers: Any) -> list[int]:
+def _is_traced(table: Iterable[Sequence[int]]) -> bool:
+    """Whether numbers may be symbols: what depends on their values is then the operation's to do."""
+    return torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for numbers in table for n in numbers)
+
+
+def _padded(
+    q_ranges: tuple[int, ...], k_offsets: tuple[int, ...], k_ranges: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    n_groups, n_ranges = len(q_ranges) // 2, len(k_ranges) // 2
+    groups, ranges = _rounded_up(n_groups), _rounded_up(n_ranges)
+    offsets = (*k_offsets, *(n_ranges,) * (groups - n_groups))
+    return (
+        (*q_ranges, *(0, 0) * (groups - n_groups)),
+        # The last group has what was added to the ranges: nothing to read.
+        (*offsets[:-1], ranges) if groups > 0 else offsets,
+        (*k_ranges, *(0, 0) * (ranges - n_ranges)) if groups > 0 else k_ranges,
+    )
+
+
+def _rounded_up(n: int) -> int:
+    """The next of 0, 1, 2, 4, 8, 16, 64, 256, …: eight sizes up to 256, of which ``torch.compile`` allows eight."""
+    size = 1 if n > 0 else 0
+    while size < n:
+        size *= 2 if size < 16 else 4
+    return size
+
+
+def _check_integers(name: str, numbers: Iterable[Any]) -> None:
+    for number in numbers:
+        if isinstance(number, bool) or not hasattr(number, "__index__"):
+            raise ValueError(f"{name} must be one-dimensional integers, got {number!r}")
+        if not -(2**63) <= operator.index(number) < 2**63:
+            raise ValueError(f"{name} must hold numbers of tokens below 2**31, got {number}")
+
+
+def integers(name: str, numbers: Any) -> list[int]:
+    """Reads a one-dimensional sequence, array or tensor of integers.
+
+    Raises:
+        ValueError: If it is something else; the text calls it ``name``.
+    """
+    values = _listed(name, numbers)
+    if any(isinstance(value, list) for value in values):
+        raise ValueError(f"{name} must be one-dimensional integers, got {_described(numbers)}")
     # What is written as numbers stays numbers while torch traces: what is read from a tensor would be unknown.
-    if isinstance(numbers, (list, tuple)) and all(type(number) in (int, torch.SymInt) for number in numbers):
-        return list(numbers)
-    tensor = torch.as_tensor(numbers)
-    if tensor.numel() == 0:
-        return []
-    if tensor.dim() != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        raise ValueError(f"{name} must be one-dimensional integers, got shape {tuple(tensor.shape)}, {tensor.dtype}")
-    return [int(number) for number in tensor.tolist()]
+    if not all(type(value) in (int, torch.SymInt) for value in values):
+        _check_integers(name, values)
+        values = [operator.index(value) for value in values]
+    return values
 
 
 def _rows(name: str, ranges: Any) -> list[Slice]:
-    if isinstance(ranges, (list, tuple)) and all(isinstance(row, (list, tuple)) and len(row) == 2 for row in ranges):
-        numbers = _integers(name, [bound for row in ranges for bound in row])
-    else:
-        tensor = torch.as_tensor(ranges)
-        if tensor.numel() == 0:
-            return []
-        if tensor.dim() != 2 or tensor.size(1) != 2:
-            raise ValueError(f"{name} must have shape (n, 2), got {tuple(tensor.shape)}")
-        numbers = _integers(name, tensor.flatten())
+    rows = _listed(name, ranges)
+    if hasattr(ranges, "shape") and len(ranges.shape) != 2 and rows:
+        raise ValueError(f"{name} must have shape (n, 2), got {tuple(ranges.shape)}")
+    rows = [row if isinstance(row, (list, tuple)) else _listed(name, row, ranges) for row in rows]
+    for row in rows:
+        if len(row) != 2:
+            raise ValueError(f"{name} must have shape (n, 2), got ({len(rows)}, {len(row)})")
+    numbers = integers(name, [bound for row in rows for bound in row])
     return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _listed(name: str, numbers: Any, whole: Any = None) -> list[Any]:
+    """The entries of a sequence, an array or a tensor."""
+    if isinstance(numbers, (list, tuple, range)):
+        return list(numbers)
+    if isinstance(numbers, torch.Tensor) and numbers.device.type == "meta":
+        raise ValueError(f"{name} must hold numbers, but a tensor on the meta device has none")
+    values = numbers.tolist() if hasattr(numbers, "tolist") else numbers
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Iterable):
+        got = _described(numbers if whole is None else whole)
+        raise ValueError(f"{name} must be integers in a sequence, array or tensor, got {got}")
+    return list(values)
+
+
+def _described(numbers: Any) -> str:
+    if hasattr(numbers, "shape") and hasattr(numbers, "dtype"):
+        return f"shape {tuple(numbers.shape)}, {numbers.dtype}"
+    return f"{numbers!r:.60}"

@@ -1,4 +1,4 @@
-"""Fake kernels and autograd of ``torch.ops.anchor_attention``; the schemas are in csrc/registration.cpp."""
+"""Autograd of ``torch.ops.anchor_attention``; the schemas are in csrc/registration.cpp."""
 
 from __future__ import annotations
 
@@ -7,72 +7,10 @@ from typing import Any
 
 import torch
 
-from . import vmap
+from . import fake, flops, vmap  # noqa: F401
+from .interrupts import raised_by_a_signal
 
 Grads = tuple[torch.Tensor | None, ...]
-
-
-def _lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@torch.library.register_fake("anchor_attention::attention")
-def _attention_fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_ranges: list[int],
-    k_offsets: list[int],
-    k_ranges: list[int],
-    q_freqs: torch.Tensor | None = None,
-    key_mask: torch.Tensor | None = None,
-    scale: float | None = None,
-    allow_tf32: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, n_queries, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, n_queries), dtype=_lse_dtype(q.dtype))
-
-
-@torch.library.register_fake("anchor_attention::attention_backward")
-def _attention_backward_fake(
-    grad_out: torch.Tensor,
-    grad_lse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    q_ranges: list[int],
-    k_offsets: list[int],
-    k_ranges: list[int],
-    q_freqs: torch.Tensor | None,
-    key_mask: torch.Tensor | None,
-    scale: float | None,
-    allow_tf32: bool,
-    need_q: bool,
-    need_k: bool,
-    need_v: bool,
-    need_q_freqs: bool,
-) -> tuple[torch.Tensor, ...]:
-    def grad(tensor: torch.Tensor | None, needed: bool) -> torch.Tensor:
-        return tensor.new_empty(tensor.shape) if needed and tensor is not None else q.new_empty(0)
-
-    return grad(q, need_q), grad(k, need_k), grad(v, need_v), grad(q_freqs, need_q_freqs)
-
-
-@torch.library.register_fake("anchor_attention::rope")
-def _rope_fake(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("anchor_attention::rope_backward")
-def _rope_backward_fake(
-    grad_out: torch.Tensor, x: torch.Tensor | None, freqs: torch.Tensor, need_x: bool, need_freqs: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return (
-        grad_out.new_empty(grad_out.shape if need_x else (0,)),
-        freqs.new_empty(freqs.shape if need_freqs else (0,)),
-    )
 
 
 def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -145,8 +83,14 @@ def _make_differentiable(
     defaults = tuple(argument.default_value for argument in operation._schema.arguments)
 
     def forward(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return operation(*args)
+        try:
+            with torch._C._AutoDispatchBelowAutograd():
+                return operation(*args)
+        except RuntimeError as error:
+            raised = raised_by_a_signal(error)
+            if raised is None:
+                raise
+        raise raised from None
 
     members = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": rule}
     function: Any = type(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anchor_attention import KeyRangeTable, anchor_attention, rope, use_backend
 from tests.generators import unit_freqs
@@ -170,6 +171,22 @@ def _bad_arguments() -> dict[str, tuple[tuple[Any, ...], str]]:
         "v length": (replaced(2, v[:, :5]), r"v must have shape \(2, 7, 2, 8\), got \(2, 5, 2, 8\)"),
         "dtype of q": ((*(t.int() for t in (q, k, v)), *TABLE), "q must be float32, bfloat16, float16 or .* got Int"),
         "dtype of k": (replaced(1, k.double()), r"k must have the dtype of q \(Float\), got Double"),
+        "SDPA's layout": (
+            (*(t.transpose(1, 2) for t in (q, k, v)), *TABLE),
+            r"k must have shape \(2, 2, 9, 8\), got \(2, 2, 7, 8\); in the layout of scaled_dot_product_attention",
+        ),
+        "SDPA's layout, as many keys": (
+            (*(q.transpose(1, 2),) * 3, *TABLE),
+            r"out of bounds for n_queries = 2; in the layout of scaled_dot_product_attention, pass q.transpose\(1, 2\)",
+        ),
+        "SDPA's layout, freqs": (
+            (*(q.transpose(1, 2),) * 3, *TABLE, unit_freqs(1, 9, 8)),
+            r"q_freqs must have shape \(1, 2, 4\), got \(1, 9, 4\); in the layout of scaled_dot_product_attention",
+        ),
+        "SDPA's layout, mask": (
+            (*(q.transpose(1, 2),) * 3, *TABLE, None, torch.ones(2, 9, dtype=torch.bool)),
+            r"key_mask must have shape \(2, 2\), got \(2, 9\); in the layout of scaled_dot_product_attention",
+        ),
         "stride": (replaced(0, torch.randn(2, 9, 8, 2).transpose(2, 3)), "q must be contiguous along its last axis"),
         "no head_dim": ((*(t[..., :0] for t in (q, k, v)), *TABLE), "head_dim of at least 1"),
         "query bound": (replaced(3, [0, 4, 5, 10]), r"q_ranges\[1\] = \[5, 10\) is out of bounds for n_queries = 9"),
@@ -208,28 +225,41 @@ def _bad_arguments() -> dict[str, tuple[tuple[Any, ...], str]]:
 @pytest.mark.parametrize("name", _bad_arguments())
 def test_bad_arguments_are_named(name: str) -> None:
     arguments, text = _bad_arguments()[name]
-    with pytest.raises(RuntimeError, match=text):
+    with pytest.raises(RuntimeError, match=text) as refusal:
         ops.attention(*arguments)
+    # Where there are no numbers, the words are the same.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for without_data in (lambda tensor: tensor.to("meta"), mode.from_tensor):
+        tensors = (without_data(a) if isinstance(a, torch.Tensor) else a for a in arguments)
+        with mode, pytest.raises(RuntimeError) as inferred:
+            ops.attention(*tensors)
+        assert str(inferred.value) == str(refusal.value)
 
 
 def test_bad_arguments_of_the_backward_are_named() -> None:
     good = _backward_sample()
 
-    def call(position: int, value: Any) -> None:
-        ops.attention_backward(*good[:position], value, *good[position + 1 :])
+    def refused(text: str, operation: Any, *arguments: Any) -> None:
+        with pytest.raises(RuntimeError, match=text) as refusal:
+            operation(*arguments)
+        with pytest.raises(RuntimeError) as inferred:
+            operation(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments))
+        assert str(inferred.value) == str(refusal.value)
 
-    with pytest.raises(RuntimeError, match=r"grad_out must have shape \(2, 9, 2, 8\), got \(2, 9, 2, 4\)"):
-        call(0, good[0][..., :4])
-    with pytest.raises(RuntimeError, match=r"grad_lse must have shape \(2, 2, 9\)"):
-        call(1, good[1].mT)
-    with pytest.raises(RuntimeError, match="out must be contiguous"):
-        call(5, torch.empty(2, 9, 8, 2).transpose(2, 3))
-    with pytest.raises(RuntimeError, match="lse must be Float, got Double"):
-        call(6, good[6].double())
-    with pytest.raises(RuntimeError, match="need_q_freqs is true, but there are no q_freqs"):
-        call(10, None)
-    with pytest.raises(RuntimeError, match="x must be given when need_freqs is true"):
-        ops.rope_backward(torch.randn(1, 2, 1, 4), None, unit_freqs(1, 2, 4), False, True)
+    def call(position: int, value: Any, text: str) -> None:
+        refused(text, ops.attention_backward, *good[:position], value, *good[position + 1 :])
+
+    call(0, good[0][..., :4], r"grad_out must have shape \(2, 9, 2, 8\), got \(2, 9, 2, 4\)")
+    call(1, good[1].mT, r"grad_lse must have shape \(2, 2, 9\)")
+    call(1, good[1].double(), r"grad_lse must have the dtype of lse \(Float\), got Double")
+    call(5, torch.empty(2, 9, 8, 2).transpose(2, 3), "out must be contiguous")
+    call(6, good[6].double(), "lse must be Float, got Double")
+    call(10, None, "need_q_freqs is true, but there are no q_freqs")
+    x, freqs = torch.randn(1, 2, 1, 4), unit_freqs(1, 2, 4)
+    refused("x must be given when need_freqs is true", ops.rope_backward, x, None, freqs, False, True)
+    refused(r"x must have shape \(1, 2, 1, 4\), got \(2, 1, 4\)", ops.rope_backward, x, x[0], freqs, True, True)
+    refused(r"x must be \(batch, tokens, heads, head_dim\), got 3 axes: \(2, 1, 4\)", ops.rope, x[0], freqs)
+    refused("freqs must be ComplexFloat for x of Float, got ComplexDouble", ops.rope, x, freqs.to(torch.complex128))
 
 
 def test_other_devices_are_refused_clearly() -> None:

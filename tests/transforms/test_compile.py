@@ -118,7 +118,7 @@ def test_other_ranges_of_the_same_tensors_add_no_compilation(dynamic: bool | Non
 
 
 def test_what_is_static_in_a_table() -> None:
-    """The number of ranges, nothing else: not even bounds of 0 and 1, which as sizes would be constants."""
+    """The number of ranges, rounded up, nothing else: not even bounds of 0 and 1, which as sizes would be constants."""
     compiled = torch.compile(functional, fullgraph=True, dynamic=True)
 
     def call(q_ranges: list[list[int]], k_ranges: list[list[int]]) -> int:
@@ -133,6 +133,19 @@ def test_what_is_static_in_a_table() -> None:
     assert call([[1, 30]], [[0, 25]]) == 1
     assert call([[3, 10], [10, 30]], [[4, 20], [5, 25]]) == 2
     assert call([[0, 9], [11, 12]], [[0, 4], [1, 25]]) == 2
+
+
+def test_packed_batches_of_every_number_of_samples_share_few_graphs() -> None:
+    """As many lengths of tables as torch compiles at most, eight, reach to 256 samples."""
+    compiled = torch.compile(anchor_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (1, 2, 3, 5, 8, 9, 12, 7, 4, 16, 17, 30):
+        bounds = range(0, 5 * n + 1, 5)
+        table = KeyRangeTable.from_cu_seqlens(bounds, bounds)
+        q, k, v = functional_inputs(5 * n, 5 * n)
+        torch.testing.assert_close(compiled(q, k, v, table), anchor_attention(q, k, v, table), **CLOSE)
+    assert compilations() == 6
+    padded = {tuple(map(len, KeyRangeTable([0, 9 * n], [0, n], [0, 9] * n).padded_ranges)) for n in range(257)}
+    assert len(padded) <= 9
 
 
 def test_ranges_out_of_bounds_are_refused_by_the_graph() -> None:

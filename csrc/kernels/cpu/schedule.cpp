@@ -1,5 +1,8 @@
 #include "kernels/cpu/schedule.h"
 
+#include <new>
+#include <string>
+
 #include "kernels/cpu/dispatch.h"
 
 namespace anchor_attention::cpu {
@@ -8,6 +11,15 @@ namespace {
 // A thread more costs some microseconds to wake: it must have about as many operations to do.
 constexpr double kMinOperationsPerThread = 1e6;
 constexpr int64_t kRowsPerFillTask = 4096;
+
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(int64_t bytes) : text_("you tried to allocate " + std::to_string(bytes) + " bytes") {}
+  const char* what() const noexcept override { return text_.c_str(); }
+
+ private:
+  std::string text_;
+};
 
 int64_t keys_of_group(const KeyRangeTableView& table, int32_t group) {
   int64_t n = 0;
@@ -23,7 +35,7 @@ Buffer allocate(int64_t bytes) {
   constexpr int64_t kAlignment = 64;
   void* pointer =
       std::aligned_alloc(kAlignment, (std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment);
-  if (pointer == nullptr) throw std::bad_alloc();
+  if (pointer == nullptr) throw OutOfMemory(bytes);
   return Buffer(static_cast<char*>(pointer));
 }
 

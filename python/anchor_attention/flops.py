@@ -1,0 +1,71 @@
+"""Formulas of ``torch.utils.flop_counter``: the area of the table, not the tokens, is what is computed.
+
+A key that ``key_mask`` drops is counted, because a formula sees shapes alone; and the backward's recomputation of the
+scores is not, as for torch's own attention of the plain kind: these are the operations of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+
+def _product(q_shape: Sequence[int], q_ranges: Sequence[int], k_offsets: Sequence[int], k_ranges: Sequence[int]) -> int:
+    """Multiplications and additions of one matrix product over all groups of queries and their keys."""
+    keys = [end - begin for begin, end in zip(k_ranges[::2], k_ranges[1::2], strict=True)]
+    queries = [end - begin for begin, end in zip(q_ranges[::2], q_ranges[1::2], strict=True)]
+    area = sum(n * sum(keys[first:last]) for n, (first, last) in zip(queries, pairwise(k_offsets), strict=True))
+    batch, _, heads, head_dim = q_shape
+    return 2 * area * batch * heads * head_dim
+
+
+def _attention(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    q_ranges: Sequence[int],
+    k_offsets: Sequence[int],
+    k_ranges: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    return 2 * _product(q_shape, q_ranges, k_offsets, k_ranges)
+
+
+def _attention_backward(
+    grad_out_shape: Sequence[int],
+    grad_lse_shape: Sequence[int] | None,
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    out_shape_: Sequence[int],
+    lse_shape: Sequence[int],
+    q_ranges: Sequence[int],
+    k_offsets: Sequence[int],
+    k_ranges: Sequence[int],
+    q_freqs_shape: Sequence[int] | None,
+    key_mask_shape: Sequence[int] | None,
+    scale: float | None,
+    allow_tf32: bool,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+    need_q_freqs: bool,
+    **kwargs: Any,
+) -> int:
+    # The gradient of the scores serves those of queries and keys.
+    wants_q = need_q or need_q_freqs
+    products = need_v + (wants_q or need_k) + wants_q + need_k
+    return products * _product(q_shape, q_ranges, k_offsets, k_ranges)
+
+
+for operation, formula in (
+    (torch.ops.anchor_attention.attention, _attention),
+    (torch.ops.anchor_attention.attention_backward, _attention_backward),
+):
+    if operation not in flop_registry:
+        register_flop_formula(operation)(formula)
