@@ -116,7 +116,7 @@ def register_ceiling(name: str, threads: int) -> tuple[Callable[[object], object
         NotSupportedError: If there is no compiler, or the processor has no such instruction.
     """
     try:
-        library = _register_library()
+        library = register_library()
     except (OSError, subprocess.CalledProcessError) as error:
         raise NotSupportedError(f"no compiler for it: {error}") from error
     chains = library[name]
@@ -136,7 +136,7 @@ def register_ceiling(name: str, threads: int) -> tuple[Callable[[object], object
 
 
 @cache
-def _register_library() -> ctypes.CDLL:
+def register_library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "register_ceiling.so"
         command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O3", "-march=native", "-shared", "-fPIC"]
