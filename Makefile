@@ -6,6 +6,7 @@
 # make docs   the documentation site, into build/docs
 # make gpu    everything that needs a GPU: tests, sanitizers, benchmarks (DRY_RUN=1: the same stages on the CPU)
 # make wheel  one wheel for every Python and torch, and the source distribution, into dist
+# make test-noether  the integration tests against releases of emmiai-noether from PyPI, put under build/noether
 # make wheel-test   the wheel in fresh environments, with every torch and Python that can be had (gigabytes)
 # Each sets up all that it needs: an environment where torch is importable is used, otherwise .venv is made.
 
@@ -32,7 +33,7 @@ TEST_NEEDS := build/.complete build/.test-packages build/.examples-packages buil
 TEST_NEEDS += $(if $(CI),build/.corpus-packages)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-slow test-corpus bench docs gpu wheel wheel-test test-sanitizers test-aarch64 lint typecheck format clean help
+.PHONY: demo test test-slow test-corpus bench docs gpu wheel wheel-test test-noether test-sanitizers test-aarch64 lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -90,6 +91,11 @@ wheel: build/.tools build/.wheel-packages
 wheel-test: wheel
 	PATH="$(BIN):$$PATH" $(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir build/from-sdist $$(ls -t dist/*.tar.gz | head -n 1)
 	$(PYTHON) scripts/test_wheel.py $$(ls -t dist/*.whl | head -n 1)
+
+# One run for each release, with its folders on the path. NOETHER_VERSIONS chooses among those that the script knows.
+NOETHER_VERSIONS ?= 1.1.0 2.0.0 2026.4.0
+test-noether: build/.runnable build/.test-packages
+	$(PYTHON) scripts/noether_versions.py $(NOETHER_VERSIONS)
 
 # Neither needs torch; both need CMake.
 test-sanitizers:

@@ -210,7 +210,10 @@ class SplitMixedAttention(MixedAttention):
 
 
 class UntiedLinear(nn.Module):
-    """A linear layer for every domain: the part of a group's name before the first underscore."""
+    """A linear layer for every domain: the part of a group's name before the first underscore.
+
+    As the package's, it multiplies square weights by their transpose or not, as the balance of the domains decides.
+    """
 
     def __init__(self, domains: int) -> None:
         super().__init__()
@@ -218,16 +221,20 @@ class UntiedLinear(nn.Module):
         self.bias = nn.ParameterList([nn.Parameter(torch.randn(DIM)) for _ in range(domains)])
 
     def forward(self, x: Tensor, token_specs: Sequence[TokenSpec]) -> Tensor:
-        domains: list[str] = []
-        parts, begin = [], 0
+        sizes: dict[str, int] = {}
         for spec in token_specs:
-            domain = spec.name.split("_")[0]
-            domains += [] if domain in domains else [domain]
-            if spec.size is not None:
-                i = domains.index(domain)
-                parts.append(nn.functional.linear(x[:, begin : begin + spec.size], self.weight[i], self.bias[i]))
-                begin += spec.size
-        return torch.cat(parts, dim=1)
+            if spec.size:
+                domain = spec.name.split("_")[0]
+                sizes[domain] = sizes.get(domain, 0) + spec.size
+        balanced = len(sizes) * max(sizes.values()) <= 1.1 * x.shape[1]
+        parts = x.split(list(sizes.values()), dim=1)
+        return torch.cat(
+            [
+                nn.functional.linear(part, self.weight[i].T if balanced else self.weight[i], self.bias[i])
+                for i, part in enumerate(parts)
+            ],
+            dim=1,
+        )
 
 
 class UntiedMixedAttention(MixedAttention):
@@ -301,6 +308,8 @@ class SplitPerceiverAttention(PerceiverAttention):
         kv_cache: Any = None,
     ) -> tuple[Tensor, Any]:
         fresh = kv_cache is None
+        if fresh and kv is None:
+            raise ValueError("Either kv or kv_cache must be provided.")
         if fresh:
             k = normalised(heads_of(self.k(kv)), self.qk_norm)
             kv_cache = {"k": rotated(k, k_freqs), "v": heads_of(self.v(kv))}

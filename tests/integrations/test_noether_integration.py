@@ -35,7 +35,8 @@ def angles(batch: int, n: int) -> Tensor:
 
 def accelerated(module: nn.Module) -> nn.Module:
     fast = copy.deepcopy(module)
-    report = accelerate(fast, packages=PACKAGES)
+    # That what is verified is accelerated has tests of its own.
+    report = accelerate(fast, packages=PACKAGES, verify=False)
     assert len(report.replaced) == 1 and not report.left, str(report)
     return fast
 
@@ -119,28 +120,91 @@ def test_caches_are_interchangeable(module_class: type, qk_norm: bool) -> None:
         torch.testing.assert_close(out, expected[:, rows], rtol=0, atol=TOLERANCE)
 
 
-def test_untied_projections_have_a_cache() -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(
+            {"surface_anchors": 5, "surface_queries": 7, "volume_anchors": 5, "volume_queries": 7}, id="equal"
+        ),
+        pytest.param({"surface_anchors": 21, "volume_anchors": 11, "volume_queries": 9}, id="nearly"),
+        pytest.param({"surface_anchors": 5, "surface_queries": 7, "volume_anchors": 4}, id="unequal"),
+    ],
+)
+def test_untied_projections_are_called_with_all_tokens(sizes: dict[str, int]) -> None:
+    groups = specs(**sizes)
+    module = lookalikes.UntiedCrossAnchorAttention().double()
+    x, freqs = torch.randn(2, total(groups), DIM, dtype=FLOAT64), angles(2, total(groups))
+    fast = accelerated(module)
+    assert_same(module, fast, lambda candidate: candidate(x, groups, freqs=freqs))
+
+
+def test_untied_projections_have_no_cache_as_in_the_original() -> None:
+    """Which matrix a projection multiplies by depends on the groups of the call: a cached call would differ."""
     module = lookalikes.UntiedCrossAnchorAttention().double()
     fast = accelerated(module)
     x, freqs = torch.randn(2, total(SPECS), DIM, dtype=FLOAT64), angles(2, total(SPECS))
-    alone, rows = queries_alone(SPECS)
-    _, cache = fast(x, SPECS, freqs=freqs)
-    expected = module(x, SPECS, freqs=freqs)
-    out, _ = fast(x[:, rows], alone, freqs=freqs[:, rows], kv_cache=cache)
-    torch.testing.assert_close(out, expected[:, rows], rtol=0, atol=TOLERANCE)
+    for candidate in (module, fast):
+        assert isinstance(candidate(x, SPECS, freqs=freqs), Tensor)
+        with pytest.raises(NotImplementedError, match="kv_cache"):
+            candidate(x, SPECS, freqs=freqs, kv_cache={"surface_anchors": {}})
 
-    # The surface has no query left; the volume's projections are still the second.
-    volume = specs(surface_anchors=None, volume_anchors=None, volume_queries=6)
-    rows = rows_of(SPECS, ["volume_queries"])
-    out, _ = fast(x[:, rows], volume, freqs=freqs[:, rows], kv_cache=cache)
-    torch.testing.assert_close(out, expected[:, rows], rtol=0, atol=TOLERANCE)
-    with pytest.raises(ValueError, match="3 domains, but there are projections of 2"):
-        fast.mixed_attention(
-            x[:, :3],
-            specs(surface_a=1, volume_a=1, wake_a=1),
-            [AttentionPattern(["surface_a", "volume_a", "wake_a"], ["wake_a"])],
-            freqs=freqs[:, :3],
-        )
+
+def test_a_forward_that_does_more_than_its_arguments_say_is_left_alone() -> None:
+    class Normalising(lookalikes.DotProductAttention):
+        def projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = super().projections(x)
+            return nn.functional.normalize(q, dim=-1), nn.functional.normalize(k, dim=-1), v
+
+        forward = lookalikes.DotProductAttention.forward
+
+    class Detaching(lookalikes.DotProductAttention):
+        """Equal outputs, other gradients."""
+
+        def projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = super().projections(x)
+            return q, k.detach(), v.detach()
+
+        forward = lookalikes.DotProductAttention.forward
+
+    calls: list[str] = []
+    for variant in (Normalising, Detaching):
+        variant.__name__ = "DotProductAttention"
+        model = nn.Sequential(variant(), lookalikes.DotProductAttention())
+        for layer in model:
+            layer.register_forward_hook(lambda *_: calls.append("module"))
+            layer.qkv.register_forward_hook(lambda *_: calls.append("layer"))
+        model[1].eval()
+        torch.manual_seed(5)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        report = accelerate(model, packages=PACKAGES)
+        assert torch.equal(torch.rand(3), expected) and not calls
+        assert [len(layer._forward_hooks) for layer in model] == [1, 1]
+        assert model[0].training and not model[1].training and not model[1].qkv.training
+        assert [module.name for module in report.replaced] == ["1"]
+        (left,) = report.left
+        assert "differs from the original with no mask: by" in left.reason, left.reason
+        assert type(model[0]) is variant
+        assert len(accelerate(nn.Sequential(variant()), packages=PACKAGES, verify=False).replaced) == 1
+
+
+def test_replacing_nothing_warns_and_says_why() -> None:
+    with pytest.warns(UserWarning, match=r"(?s)replaced nothing: .*OwnForward, which is not known"):
+        accelerate(OwnForward(), packages=PACKAGES)
+    with pytest.warns(UserWarning, match="Linear holds no attention of noether"):
+        accelerate(nn.Linear(3, 3))
+
+
+def test_what_cannot_be_run_is_left_alone() -> None:
+    class Failing(lookalikes.DotProductAttention):
+        def projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            raise RuntimeError("sharded")
+
+        forward = lookalikes.DotProductAttention.forward
+
+    Failing.__name__ = "DotProductAttention"
+    with pytest.warns(UserWarning, match="could not be verified, .*RuntimeError: sharded.*verify=False"):
+        accelerate(Failing(), packages=PACKAGES)
 
 
 def test_untied_mixed_attention_by_itself_returns_a_tensor() -> None:
@@ -190,7 +254,7 @@ def test_perceiver_attention_stays_the_same(qk_norm: bool) -> None:
         fast(q, q_freqs=q_freqs)
 
 
-def test_dropout_while_training_goes_the_old_way() -> None:
+def test_dropout_while_training_is_computed_by_the_original() -> None:
     module = lookalikes.DotProductAttention(dropout=0.5).double()
     fast = accelerated(module)
     x, freqs = torch.randn(2, 9, DIM, dtype=FLOAT64), angles(2, 9)
@@ -281,7 +345,8 @@ def test_the_report_says_what_was_replaced_and_why_not() -> None:
         "plain.0",
     }
     # Classes of the same name in a package of somebody else are not touched.
-    assert not accelerate(model()).replaced
+    with pytest.warns(UserWarning, match="replaced nothing"):
+        assert not accelerate(model()).replaced
 
 
 def test_unknown_arguments_are_refused() -> None:
@@ -354,44 +419,6 @@ def test_classes_for_block_configs_return_the_cache(module_class: type) -> None:
     assert no_cache is None
     # Float32 results of order one.
     torch.testing.assert_close(out, y[:, rows], rtol=0, atol=1e-5)
-
-
-def package_classes() -> list[tuple[str, type]]:
-    """The package's own anchor attention, where it is installed."""
-    if importlib.util.find_spec("noether") is None:
-        return []
-    from noether.modeling.modules.attention import anchor_attention as package
-
-    return [(name, getattr(package, f"{name}AnchorAttention")) for name in ("Self", "Cross", "Joint")]
-
-
-def test_the_package_itself_where_it_is_installed() -> None:
-    def check(name: str, build: Callable[[], nn.Module], packages: tuple[str, ...]) -> None:
-        module = build().double()
-        fast = copy.deepcopy(module)
-        assert len(accelerate(fast, packages=packages).replaced) == 1, name
-        x = torch.randn(2, total(SPECS), DIM, dtype=FLOAT64)
-
-        def output(candidate: nn.Module) -> Any:
-            result = candidate(x, SPECS)
-            return result[0] if isinstance(result, tuple) else result
-
-        assert_same(module, fast, output)
-
-    # The look-alikes stand beside the package, so that there is always something to compare.
-    for lookalike in BRANCH_CLASSES[:6]:
-        check(lookalike.__name__, lambda lookalike=lookalike: lookalike(use_rope=False), PACKAGES)
-    for name, package_class in package_classes():
-        from noether.core.schemas.modules.attention import AttentionConfig
-
-        config = AttentionConfig(
-            hidden_dim=DIM,
-            num_heads=HEADS,
-            init_weights="torch",
-            branches=["surface", "volume"],
-            anchor_suffix="_anchors",
-        )
-        check(name, lambda package_class=package_class, config=config: package_class(config), noether.PACKAGES)
 
 
 def block_classes() -> list[Callable[[type], nn.Module]]:

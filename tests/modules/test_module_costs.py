@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import anchor_attention.modules.mixed as mixed_module
+import anchor_attention.modules.steps as steps_module
 from anchor_attention import AttentionPattern, KeyRangeTable, TokenSpec
 from anchor_attention.modules import (
     CrossAnchorAttention,
@@ -78,13 +78,13 @@ def test_activations_of_unread_tokens_are_not_kept() -> None:
 
 def test_views_of_one_projection_reach_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[torch.Tensor, ...]] = []
-    operation = mixed_module.anchor_attention
+    operation = steps_module.anchor_attention
 
     def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         seen.append((q, k, v))
         return operation(q, k, v, *args, **kwargs)
 
-    monkeypatch.setattr(mixed_module, "anchor_attention", spy)
+    monkeypatch.setattr(steps_module, "anchor_attention", spy)
     module = make(CrossAnchorAttention)
     # An empty group that nobody reads splits nothing.
     module(torch.randn(2, 7, DIM), specs(surface_anchors=3, surface_queries=0, volume_anchors=4))

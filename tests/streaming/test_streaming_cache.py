@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import anchor_attention.modules.mixed as mixed_module
+import anchor_attention.modules.steps as steps_module
 from anchor_attention.modules import JointAnchorAttention
 from anchor_attention.streaming import Cache, cache_file
 from tests.module_cases import DIM, make, specs, unit_freqs
@@ -59,13 +59,13 @@ def test_cached_groups_are_read_without_a_copy(tmp_path: Path, monkeypatch: pyte
     module, tree = ragged_cache()
     Cache(tree).save(tmp_path / "cache.pt")
     seen: list[tuple[Tensor, Tensor]] = []
-    operation = mixed_module.anchor_attention
+    operation = steps_module.anchor_attention
 
     def spy(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.append((k, v))
         return operation(q, k, v, *args, **kwargs)
 
-    monkeypatch.setattr(mixed_module, "anchor_attention", spy)
+    monkeypatch.setattr(steps_module, "anchor_attention", spy)
     alone = specs(surface_anchors=None, surface_queries=6, volume_anchors=None)
     x, freqs = torch.randn(3, 6, DIM), unit_freqs(3, 6)
     for origin in (Cache(tree), Cache.load(tmp_path / "cache.pt"), Cache(tree).to(dtype=torch.float32)):

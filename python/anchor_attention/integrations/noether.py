@@ -1,8 +1,8 @@
 """Speeds up trained models of the package ``noether`` (on PyPI ``emmiai-noether``) in place.
 
-Nothing of that package is imported: its classes are told by their package, their names and the arguments of their
-``forward``. The parameters stay the very same tensors under the same names, so that optimisers, data-parallel wrappers,
-averaged copies and checkpoints keep working::
+Nothing of that package is imported: its classes are recognised by their package, their names and the arguments of their
+``forward``, and each module is compared with its original before it is replaced. The parameters stay the same objects
+under the same names, so that optimisers, data-parallel wrappers, averaged copies and checkpoints keep working::
 
     print(accelerate(model))
     predictions, cache = model(**anchors)
@@ -14,8 +14,10 @@ The last line is :func:`anchor_attention.streaming.stream`.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -26,43 +28,34 @@ from ..modules.kv_cache import KVCache
 from ..modules.multi_branch import MultiBranchAnchorAttention
 from ..modules.plan import bounded_cache
 from ..patterns import TokenSpec
-from .accelerated import (
-    DotProductForward,
-    FusedForward,
-    MaskedMixedForward,
-    MixedForward,
-    PerceiverForward,
-    PlainMixedForward,
-    PlainPerceiverForward,
-    UntiedMixedForward,
-    UntiedPerceiverForward,
-    fused_class,
-)
+from .fused_dense import DotProductForward, PerceiverForward, UntiedPerceiverForward
+from .fused_forward import IMPLEMENTATION_ARGUMENTS, FusedForward, fused_class
+from .fused_mixed import MixedForward, UntiedMixedForward
 
 PACKAGES = ("noether", "emmi", "ksuit")
 
-# By class and arguments of its forward. A version whose arguments are others is left as it is.
-_FORWARDS: dict[tuple[str, tuple[str, ...]], type[FusedForward]] = {
-    ("DotProductAttention", ("x", "attn_mask", "freqs")): DotProductForward,
-    ("MixedAttention", ("x", "token_specs", "attention_patterns", "attention_mask", "freqs")): PlainMixedForward,
-    ("MixedAttention", ("x", "token_specs", "attention_patterns", "key_padding_mask", "freqs")): MaskedMixedForward,
-    (
-        "MixedAttention",
-        ("x", "token_specs", "attention_patterns", "key_padding_mask", "freqs", "kv_cache"),
-    ): MixedForward,
-    (
-        "UntiedMixedAttention",
-        ("x", "token_specs", "attention_patterns", "key_padding_mask", "freqs", "kv_cache"),
-    ): UntiedMixedForward,
-    ("PerceiverAttention", ("q", "kv", "attn_mask", "q_freqs", "k_freqs")): PlainPerceiverForward,
-    ("PerceiverAttention", ("q", "kv", "attn_mask", "q_freqs", "k_freqs", "kv_cache")): PerceiverForward,
-    (
-        "UntiedPerceiverAttention",
-        ("q", "token_specs", "kv", "attn_mask", "q_freqs", "k_freqs", "kv_cache"),
-    ): UntiedPerceiverForward,
+
+class _Known(NamedTuple):
+    """An attention class: what stands in for it, and which arguments its ``forward`` may have."""
+
+    forward: type[FusedForward]
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+
+
+_MIXED = (("x", "token_specs", "attention_patterns"), ("attention_mask", "key_padding_mask", "freqs", "kv_cache"))
+_PERCEIVER = (("q", "kv"), ("attn_mask", "q_freqs", "k_freqs", "kv_cache"))
+# A version whose class or arguments are others is left as it is.
+_FORWARDS = {
+    "DotProductAttention": _Known(DotProductForward, ("x",), ("attn_mask", "freqs")),
+    "MixedAttention": _Known(MixedForward, *_MIXED),
+    "UntiedMixedAttention": _Known(UntiedMixedForward, *_MIXED),
+    "PerceiverAttention": _Known(PerceiverForward, *_PERCEIVER),
+    "UntiedPerceiverAttention": _Known(UntiedPerceiverForward, ("q", "token_specs", "kv"), _PERCEIVER[1]),
 }
-_KNOWN_NAMES = {name for name, _ in _FORWARDS}
-_KNOWN_CHILDREN = {"qkv", "q", "k", "v", "kv", "proj", "proj_dropout"}
+_KNOWN_CHILDREN = {"qkv", "q", "k", "v", "kv", "proj", "proj_dropout", "q_norm", "k_norm"}
+_NORMS = (nn.Identity, nn.RMSNorm)
+ALREADY = "already accelerated"
 
 
 @dataclass(frozen=True)
@@ -111,46 +104,59 @@ class AccelerationReport:
         return "\n".join(lines)
 
 
-def accelerate(model: nn.Module, *, packages: Sequence[str] = PACKAGES) -> AccelerationReport:
+def accelerate(model: nn.Module, *, packages: Sequence[str] = PACKAGES, verify: bool = True) -> AccelerationReport:
     """Lets this package compute the attention of a model, in place.
 
     Replaced are mixed attention (and with it self, cross and joint anchor attention and every subclass that creates
     patterns of its own), plain dot-product attention and perceiver attention, with shared or per-domain projections. A
     replaced module keeps its object, its parameters, its hooks and, as a base, its class. A call that the fused
-    operation can't do (a dense attention mask, dropout or per-axis angles in plain attention) goes the old way.
+    operation can't do (a dense attention mask, dropout while training) is computed by the original ``forward``.
 
     Args:
         model: Any module; its submodules are searched.
         packages: Top-level packages whose classes are taken for the known ones.
+        verify: Whether to run each module beside its original on small random inputs before it is replaced: balanced
+            and unbalanced groups, masks, caches, an absent branch, in the module's dtype and on its device. What
+            differs, or can't be run, is left as it is and reported. The model is not called for it; its parameters,
+            hooks and training mode and torch's random generators stay as they are.
 
     Returns:
         What was replaced and what was left, with the reason. ``print`` shows it as a table.
+
+    Warns:
+        UserWarning: If nothing was replaced; the text says why.
     """
     replaced: list[ReplacedModule] = []
     left: list[LeftModule] = []
     users = {
-        id(child): type(module).__name__
+        id(child): module
         for module in model.modules()
         for name, child in module.named_children()
         if name == "mixed_attention"
     }
-    for name, module in model.named_modules():
+    # Modules of the same kind and sizes are compared once.
+    verdicts: dict[Any, str | None] = {}
+    for name, module in list(model.named_modules()):
         if isinstance(module, FusedForward):
-            left.append(LeftModule(name, module.original_class.__name__, "already accelerated"))
+            left.append(LeftModule(name, module.original_class.__name__, ALREADY))
         elif _looks_like_attention(module):
-            class_name, used_by = type(module).__name__, users.get(id(module), "")
+            user = users.get(id(module))
+            class_name, used_by = type(module).__name__, "" if user is None else type(user).__name__
             try:
                 forward = _known_forward(type(module), tuple(packages))
                 _check_instance(module)
+                if verify:
+                    _check_results(module, forward, tuple(getattr(user, "branches", ())), verdicts)
             except ValueError as error:
                 left.append(LeftModule(name, class_name, str(error)))
                 continue
-            # An anchor attention hands the cache on, which its blocks can do with and without.
-            if forward is UntiedMixedForward and used_by:
-                forward = MixedForward
             module.__class__ = fused_class(forward, type(module))
             replaced.append(ReplacedModule(name, class_name, used_by))
-    return AccelerationReport(tuple(replaced), tuple(left))
+    report = AccelerationReport(tuple(replaced), tuple(left))
+    if not replaced and not any(module.reason == ALREADY for module in left):
+        reasons = str(report) if left else f"{type(model).__name__} holds no attention of {', '.join(packages)}"
+        warnings.warn(f"accelerate replaced nothing: {reasons}", stacklevel=2)
+    return report
 
 
 def restore(model: nn.Module) -> int:
@@ -184,18 +190,26 @@ def accelerated_class(original: type[nn.Module], *, packages: Sequence[str] = PA
 @bounded_cache
 def _known_forward(original: type[nn.Module], packages: tuple[str, ...]) -> type[FusedForward]:
     definer = next(base for base in original.__mro__ if "forward" in vars(base))
-    if definer.__name__ not in _KNOWN_NAMES or definer.__module__.split(".")[0] not in packages:
+    known = _FORWARDS.get(definer.__name__)
+    if known is None or definer.__module__.split(".")[0] not in packages:
         raise ValueError(f"its forward is that of {definer.__module__}.{definer.__qualname__}, which is not known")
-    arguments = tuple(inspect.signature(vars(definer)["forward"]).parameters)[1:]
-    forward = _FORWARDS.get((definer.__name__, arguments))
-    if forward is None:
-        raise ValueError(f"forward of {definer.__qualname__} has the arguments {arguments}, which are not known")
+    _check_arguments(definer, known)
     steps = {name for base in definer.__mro__ if base not in nn.Module.__mro__ for name in vars(base)}
     for base in original.__mro__[: original.__mro__.index(definer)]:
         changed = sorted(name for name in steps & set(vars(base)) if not name.startswith(("__", "_abc_")))
         if changed:
             raise ValueError(f"{base.__qualname__} changes {', '.join(changed)}, which the fused forward does not call")
-    return forward
+    return known.forward
+
+
+def _check_arguments(definer: type[nn.Module], known: _Known) -> None:
+    parameters = dict(list(inspect.signature(vars(definer)["forward"]).parameters.items())[1:])
+    names = tuple(parameters)
+    unknown = set(names) - {*known.required, *known.optional, *IMPLEMENTATION_ARGUMENTS}
+    variadic = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values())
+    causal = "is_causal" in parameters and parameters["is_causal"].default is not False
+    if unknown or variadic or causal or not set(known.required) <= set(names):
+        raise ValueError(f"forward of {definer.__qualname__} has the arguments {names}, which are not known")
 
 
 def _looks_like_attention(module: nn.Module) -> bool:
@@ -211,9 +225,32 @@ def _check_instance(module: nn.Module) -> None:
     unknown = sorted(set(dict(module.named_children())) - _KNOWN_CHILDREN)
     if unknown:
         raise ValueError(f"it holds {', '.join(unknown)}, which the fused forward does not know")
+    for name in ("q_norm", "k_norm"):
+        norm = getattr(module, name, None)
+        if norm is not None and type(norm) not in _NORMS:
+            raise ValueError(f"its {name} is {type(norm).__name__}, which the fused forward does not know")
     own = sorted(name for name, _ in module.named_parameters(recurse=False))
     if own:
         raise ValueError(f"it holds the parameters {', '.join(own)}, which the fused forward does not know")
+
+
+def _check_results(
+    module: nn.Module, forward: type[FusedForward], branches: tuple[str, ...], verdicts: dict[Any, str | None]
+) -> None:
+    from . import verification  # takes a while, and only this needs it
+
+    key = verification.signature(module, forward, branches)
+    if key is None or key not in verdicts:
+        try:
+            verdict = verification.difference(module, forward, branches)
+        except verification.Unverifiable as error:
+            verdict = f"it could not be verified, {error}: verify=False replaces it unseen"
+        if key is None:
+            key = id(module)
+        verdicts[key] = verdict
+    found = verdicts[key]
+    if found is not None:
+        raise ValueError(found)
 
 
 class _BlockAttention(MultiBranchAnchorAttention):

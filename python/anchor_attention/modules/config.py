@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 INIT_WEIGHTS = ("truncnormal002", "truncnormal", "torch", "truncnormal002-identity", "zeros")
+QK_NORMS = (False, True, "rms")
 ROPE_IMPLEMENTATIONS = ("complex", "real")
 
 
@@ -24,7 +26,8 @@ class AttentionConfig:
             ``"truncnormal002-identity"`` (the same, and a zero output projection), ``"torch"`` (what ``nn.Linear``
             does), ``"zeros"``.
         bias: Whether the projections have a bias.
-        qk_norm: Whether every head's queries and keys are divided by their root mean square, without a learnt weight.
+        qk_norm: ``True`` divides every head's queries and keys by their root mean square; ``"rms"`` multiplies them by
+            learnt weights besides, ``q_norm.weight`` and ``k_norm.weight``.
 
     Raises:
         ValueError: If a field is out of its range.
@@ -36,7 +39,7 @@ class AttentionConfig:
     dropout: float = 0.0
     init_weights: str = "truncnormal002"
     bias: bool = True
-    qk_norm: bool = False
+    qk_norm: bool | str = False
 
     def __post_init__(self) -> None:
         for field in ("hidden_dim", "num_heads"):
@@ -46,10 +49,12 @@ class AttentionConfig:
                 f"hidden_dim must be divisible by num_heads, got hidden_dim={self.hidden_dim} "
                 f"and num_heads={self.num_heads}"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
         if self.init_weights not in INIT_WEIGHTS:
             raise ValueError(f"init_weights must be one of {INIT_WEIGHTS}, got {self.init_weights!r}")
+        if self.qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm must be one of {QK_NORMS}, got {self.qk_norm!r}")
 
     @property
     def head_dim(self) -> int:
@@ -145,20 +150,66 @@ class RopeFrequencyConfig:
 
 
 Config = TypeVar("Config", bound=AttentionConfig)
+T = TypeVar("T")
+
+# What other libraries call the fields, for the hint in the error.
+_OTHER_NAMES = {
+    "embed_dim": "hidden_dim",
+    "d_model": "hidden_dim",
+    "hidden_size": "hidden_dim",
+    "nhead": "num_heads",
+    "heads": "num_heads",
+    "num_attention_heads": "num_heads",
+    "attn_drop": "dropout",
+    "qkv_bias": "bias",
+    "rope": "use_rope",
+    "domains": "branches",
+}
 
 
-def resolve_config(config_class: type[Config], config: Any, fields: Mapping[str, Any]) -> Config:
+class _Default:
+    """Stands for a default in a signature, where it must be told from the same value given. Shown as the value."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def default(value: T) -> T:
+    """Marks the default of a keyword that a config object gives in its place."""
+    return cast(T, _Default(value))
+
+
+def given(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that were given: neither a default nor ``None`` where a value is required."""
+    required = ("hidden_dim", "dim", "num_heads", "branches")
+    return {
+        name: value
+        for name, value in fields.items()
+        if not isinstance(value, _Default) and not (value is None and name in required)
+    }
+
+
+def resolve_config(
+    config_class: type[Config], config: Any, fields: Mapping[str, Any], unknown: Mapping[str, Any] | None = None
+) -> Config:
     """Makes a ``config_class`` of a config object that has its fields, or of the fields as keywords.
 
     Args:
         config_class: What to make.
         config: Any object with the fields as attributes (those with a default may be missing), or ``None``.
         fields: The fields by name, if ``config`` is ``None``. ``dim`` is accepted for ``hidden_dim``.
+        unknown: Keywords that are no fields.
 
     Raises:
         TypeError: If both or neither are given, or a field is missing or unknown.
         ValueError: If a field is out of its range.
     """
+    known = [field.name for field in dataclasses.fields(config_class)]
+    for name in (*(unknown or {}), *(name for name in fields if name not in (*known, "dim"))):
+        raise TypeError(_unknown_field(config_class, name, known))
     if config is not None and fields:
         raise TypeError(f"give either a config or its fields, got {type(config).__name__} and {sorted(fields)}")
     if isinstance(config, config_class):
@@ -169,13 +220,24 @@ def resolve_config(config_class: type[Config], config: Any, fields: Mapping[str,
             raise TypeError(
                 f"dim is another name for hidden_dim: give one, got {values['dim']}, {values['hidden_dim']}"
             )
+    elif isinstance(config, (int, float, str, Mapping)):
+        raise TypeError(
+            f"config must be an object with the fields {', '.join(known)}, got {config!r:.80}: "
+            "give fields as keywords, as in hidden_dim=192, num_heads=3"
+        )
     else:
-        names = [field.name for field in dataclasses.fields(config_class)]
-        values = {name: getattr(config, name) for name in (*names, "dim") if hasattr(config, name)}
+        values = {name: getattr(config, name) for name in (*known, "dim") if hasattr(config, name)}
     dim = values.pop("dim", None)
     if dim is not None:
         values.setdefault("hidden_dim", dim)
     return config_class(**values)
+
+
+def _unknown_field(config_class: type[AttentionConfig], name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    meant = _OTHER_NAMES.get(name) or (close[0] if close else None)
+    hint = f"did you mean {meant!r}?" if meant in known else f"the fields are {', '.join(known)}"
+    return f"{config_class.__name__.removesuffix('Config')} has no field {name!r}: {hint}"
 
 
 def _check_positive_integer(field: str, value: Any) -> None:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .._context import interceptable
-from ..functional import anchor_attention, rope
-from ..key_range_table import KeyRangeTable
 from ..patterns import AttentionPattern, TokenSpec
-from .config import MixedAttentionConfig, resolve_config
-from .kv_cache import CacheEntry, KVCache, append_cached, cached_size, make_cache
-from .plan import AttentionPlan, GroupSize, attention_plan
-from .rope import rotate_half_rope
-
-Freqs = Tensor | tuple[Tensor, ...]
+from .checks import Freqs, check_inputs
+from .config import MixedAttentionConfig, default, given, resolve_config
+from .kv_cache import CacheEntry, KVCache
+from .steps import attend, plan_call, project_packed
 
 
 class MixedAttention(nn.Module):
@@ -27,15 +23,46 @@ class MixedAttention(nn.Module):
 
     Args:
         config: A :class:`MixedAttentionConfig` or any object with its fields; or ``None`` and the fields as keywords.
+        hidden_dim: Width of the tokens, a multiple of ``num_heads``.
+        num_heads: Number of heads.
+        use_rope: Whether queries and keys are rotated by ``freqs``, which ``forward`` then requires.
+        dropout: Probability with which attention weights are dropped while training.
+        init_weights: How the projections are initialised, see :class:`AttentionConfig`.
+        bias: Whether the projections have a bias.
+        qk_norm: Whether queries and keys are normalised: ``False``, ``True``, or ``"rms"`` with learnt weights.
+        dim: Another name of ``hidden_dim``.
 
     Raises:
         TypeError: If a field is missing or unknown.
         ValueError: If a field is out of its range.
     """
 
-    def __init__(self, config: Any = None, **fields: Any) -> None:
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        hidden_dim: int | None = None,
+        num_heads: int | None = None,
+        use_rope: bool = default(False),
+        dropout: float = default(0.0),
+        init_weights: str = default("truncnormal002"),
+        bias: bool = default(True),
+        qk_norm: bool | str = default(False),
+        dim: int | None = None,
+        **unknown: NoReturn,
+    ) -> None:
         super().__init__()
-        resolved = resolve_config(MixedAttentionConfig, config, fields)
+        fields = {
+            "hidden_dim": hidden_dim,
+            "num_heads": num_heads,
+            "use_rope": use_rope,
+            "dropout": dropout,
+            "init_weights": init_weights,
+            "bias": bias,
+            "qk_norm": qk_norm,
+            "dim": dim,
+        }
+        resolved = resolve_config(MixedAttentionConfig, config, given(fields), unknown)
         self.hidden_dim = resolved.hidden_dim
         self.num_heads = resolved.num_heads
         self.head_dim = resolved.head_dim
@@ -44,11 +71,24 @@ class MixedAttention(nn.Module):
         self.init_weights = resolved.init_weights
         self.qk_norm = resolved.qk_norm
         self.qkv = nn.Linear(resolved.hidden_dim, 3 * resolved.hidden_dim, bias=resolved.bias)
+        self.q_norm = self._make_norm()
+        self.k_norm = self._make_norm()
         self.proj = nn.Linear(resolved.hidden_dim, resolved.hidden_dim, bias=resolved.bias)
         self.reset_parameters()
 
+    def _make_norm(self) -> nn.Module:
+        if not self.qk_norm:
+            return nn.Identity()
+        return nn.RMSNorm(self.head_dim, elementwise_affine=self.qk_norm == "rms")
+
     def reset_parameters(self) -> None:
-        """Initialises the projections as ``init_weights`` says."""
+        """Initialises the projections as ``init_weights`` says, and the weights of the norms by 1.
+
+        After deferred initialisation call it on this module last: the layers that it holds have their own.
+        """
+        for norm in (self.q_norm, self.k_norm):
+            if isinstance(norm, nn.RMSNorm):
+                norm.reset_parameters()
         for linear in (self.qkv, self.proj):
             if self.init_weights == "torch":
                 linear.reset_parameters()
@@ -91,204 +131,84 @@ class MixedAttention(nn.Module):
         Raises:
             ValueError: If the arguments contradict each other or the configuration.
         """
-        check_inputs(x, self.hidden_dim, self.use_rope, key_padding_mask, freqs)
+        check_inputs(x, self.num_heads, self.head_dim, self.use_rope, key_padding_mask, freqs)
         plan = plan_call(
             x, token_specs, attention_patterns, kv_cache, self.num_heads, self.head_dim, keep_unread=return_kv_cache
         )
+        q, k, v = project_packed(self.qkv, x, plan, self.num_heads)
+        # Before the rotation, which keeps the norm: cached keys are normalised as well as rotated. Back to the type of
+        # the projection: under autocast a norm may answer in another.
+        q, k = self.q_norm(q).to(q.dtype), self.k_norm(k).to(k.dtype)
         attended, cache = attend(
-            *project_packed(self.qkv, x, plan, self.num_heads),
+            q,
+            k,
+            v,
             plan,
             key_padding_mask=key_padding_mask,
             freqs=freqs,
             kv_cache=kv_cache,
             return_kv_cache=return_kv_cache,
             dropout=self.dropout if self.training else 0.0,
-            qk_norm=self.qk_norm,
         )
         out = self.proj(attended)
         return out if cache is None else (out, cache)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def extra_repr(self) -> str:
+        return (
+            f"hidden_dim={self.hidden_dim}, num_heads={self.num_heads}, use_rope={self.use_rope}, "
+            f"qk_norm={self.qk_norm!r}, dropout={self.dropout}"
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         for kind in ("weight", "bias"):
-            separate = [f"{prefix}{name}.{kind}" for name in ("q", "k", "v")]
-            if all(key in state_dict for key in separate):
-                state_dict[f"{prefix}qkv.{kind}"] = torch.cat([state_dict.pop(key) for key in separate])
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            own = getattr(self.qkv, kind, None)
+            _join_projections(state_dict, prefix, kind, self.hidden_dim, own, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
-def check_inputs(
-    x: Tensor, hidden_dim: int, use_rope: bool, key_padding_mask: Tensor | None, freqs: Freqs | None
+def _join_projections(
+    state_dict: dict[str, Any], prefix: str, kind: str, hidden_dim: int, own: Any, error_msgs: list[str]
 ) -> None:
-    """Checks the inputs of a call against each other and the module.
-
-    Raises:
-        ValueError: If a shape or dtype does not fit, or freqs are missing or not used.
-    """
-    if x.dim() != 3 or x.shape[2] != hidden_dim:
-        raise ValueError(f"x must be (batch, tokens, {hidden_dim}), got shape {tuple(x.shape)}")
-    if use_rope != (freqs is not None):
-        given = "None" if freqs is None else type(freqs).__name__
-        raise ValueError(f"RoPE usage mismatch: use_rope={use_rope}, but freqs={given}")
-    if key_padding_mask is None:
+    """Puts separate q, k and v in the place of the fused projection, if all of them are there and fit."""
+    names = [f"{prefix}{name}.{kind}" for name in ("q", "k", "v")]
+    if not all(isinstance(state_dict.get(name), Tensor) for name in names):
         return
-    if key_padding_mask.dtype != torch.bool:
-        raise ValueError(f"key_padding_mask must have dtype torch.bool, got {key_padding_mask.dtype}")
-    if key_padding_mask.dim() != 2:
-        raise ValueError(f"key_padding_mask must be 2-D (batch, tokens), got shape {tuple(key_padding_mask.shape)}")
-    if key_padding_mask.shape != x.shape[:2]:
-        raise ValueError(
-            f"key_padding_mask must have the batch size and length of x, {tuple(x.shape[:2])}, "
-            f"got {tuple(key_padding_mask.shape)}"
+    fused_name = f"{prefix}qkv.{kind}"
+    fused = state_dict.get(fused_name)
+    separate = [state_dict.pop(name) for name in names]
+    shape = (hidden_dim, hidden_dim) if kind == "weight" else (hidden_dim,)
+    wrong = [(name, tensor) for name, tensor in zip(names, separate, strict=True) if tensor.shape != shape]
+    for name, tensor in wrong:
+        error_msgs.append(
+            f"size mismatch for {name}: the checkpoint holds shape {tuple(tensor.shape)}, the module needs {shape}."
         )
-
-
-def plan_call(
-    x: Tensor,
-    token_specs: Sequence[TokenSpec],
-    attention_patterns: Sequence[AttentionPattern],
-    kv_cache: Mapping[str, CacheEntry] | None,
-    num_heads: int,
-    head_dim: int,
-    *,
-    keep_unread: bool,
-) -> AttentionPlan:
-    """Makes, or remembers, the plan of a call.
-
-    Raises:
-        ValueError: If the arguments contradict each other.
-    """
-    if kv_cache is not None and not kv_cache:
-        raise ValueError("kv_cache is empty: pass None where nothing is cached")
-    groups = []
-    for spec in token_specs:
-        in_cache = None
-        if spec.size is None and kv_cache is not None and spec.name in kv_cache:
-            in_cache = cached_size(spec.name, kv_cache[spec.name], x.shape[0], num_heads, head_dim)
-        groups.append(GroupSize(spec.name, spec.size, in_cache))
-    patterns = tuple((tuple(p.query_tokens), tuple(p.key_value_tokens)) for p in attention_patterns)
-    plan = attention_plan(tuple(groups), patterns, keep_unread)
-    if plan.n_tokens != x.shape[1]:
-        raise ValueError(
-            f"Token specs total size {plan.n_tokens} must equal the number of tokens of x, {x.shape[1]}; "
-            f"token_specs are {[(group.name, group.in_x) for group in groups]}"
+    if wrong:
+        if isinstance(own, Tensor):
+            # Of another width altogether, the fused one is reported as well; else the message above says it all.
+            rows = sum(tensor.shape[0] if tensor.dim() else 1 for tensor in separate)
+            state_dict.setdefault(fused_name, own.detach() if rows == own.shape[0] else own.new_empty(rows, *shape[1:]))
+        return
+    joined = torch.cat(separate)
+    if isinstance(fused, Tensor) and not _are_equal(joined, fused):
+        error_msgs.append(
+            f"{fused_name} and {', '.join(names)} are both in the checkpoint and differ: remove the ones that are old."
         )
-    return plan
+        return
+    state_dict[fused_name] = joined
 
 
-def project_packed(qkv: nn.Module, x: Tensor, plan: AttentionPlan, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Projects x (B, N, dim) by one linear layer of 3 dim outputs: queries, keys and values.
-
-    Returns:
-        q (B, N, H, D) and k, v (B, tokens read, H, D): views of one or two packed projections.
-    """
-    batch, _, dim = x.shape
-    heads = (num_heads, dim // num_heads)
-    # What stands in for the projection (an adapter, a quantised layer) may have more to it than a weight to cut.
-    if plan.reads_all or type(qkv) is not nn.Linear:
-        q, k, v = qkv(x).view(batch, plan.n_tokens, 3, *heads).unbind(2)
-        return q, read_tokens(k, plan), read_tokens(v, plan)
-    rows = [dim, 2 * dim]
-    q_weight, kv_weight = qkv.weight.split_with_sizes(rows)
-    q_bias, kv_bias = (None, None) if qkv.bias is None else qkv.bias.split_with_sizes(rows)
-    q = nn.functional.linear(x, q_weight, q_bias).view(batch, plan.n_tokens, *heads)
-    if not plan.read_slices:
-        k = v = q[:, :0]
-        return q, k, v
-    kv = nn.functional.linear(read_tokens(x, plan), kv_weight, kv_bias)
-    k, v = kv.view(batch, kv.shape[1], 2, *heads).unbind(2)
-    return q, k, v
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    plan: AttentionPlan,
-    *,
-    key_padding_mask: Tensor | None,
-    freqs: Freqs | None,
-    kv_cache: Mapping[str, CacheEntry] | None,
-    return_kv_cache: bool,
-    dropout: float,
-    qk_norm: bool,
-) -> tuple[Tensor, KVCache | None]:
-    """From projections to what the output projection takes.
-
-    Args:
-        q: (B, N, H, D), of all tokens of x.
-        k: (B, tokens read, H, D), of the tokens that the plan reads.
-        v: Like k.
-        plan: The plan of the call.
-        key_padding_mask: As for :meth:`MixedAttention.forward`, and so are freqs, kv_cache and return_kv_cache.
-        dropout: Probability with which weights are dropped in this call.
-        qk_norm: Whether queries and keys are normalised.
-
-    Returns:
-        (B, N, H D), and the cache where it is asked for.
-    """
-    if qk_norm:
-        # Before the rotation, which keeps the norm: cached keys are normalised as well as rotated.
-        q, k = (nn.functional.rms_norm(heads, (heads.shape[-1],)) for heads in (q, k))
-    q_freqs, k_freqs = None, None
-    if isinstance(freqs, Tensor):
-        q_freqs, k_freqs = freqs, read_tokens(freqs, plan)
-    elif freqs is not None:
-        q = rotate_half_rope(q, freqs)
-        k = rotate_half_rope(k, tuple(read_tokens(angle, plan) for angle in freqs))
-    key_mask = None if key_padding_mask is None else read_tokens(key_padding_mask, plan)
-
-    if k_freqs is not None and (return_kv_cache or plan.cached_names or dropout > 0):
-        # The cache holds rotated keys, and so do the keys that are joined with it.
-        k, k_freqs = rope(k, k_freqs), None
-    if kv_cache is not None and plan.cached_names:
-        fresh = (k, v) if plan.read_slices else None
-        k, v, key_mask = append_cached(fresh, key_mask, [kv_cache[name] for name in plan.cached_names], q.dtype)
-    cache = None
-    if return_kv_cache:
-        # Views of the packed projection would keep all of it alive for as long as the cache.
-        k, v = k.contiguous(), v.contiguous()
-        cache = make_cache(k, v, key_mask, plan.key_slices)
-
-    if dropout > 0:
-        q = q if q_freqs is None else rope(q, q_freqs)
-        attended = _attention_with_dropout(q, k, v, plan.table, key_mask, dropout)
-    else:
-        attended = anchor_attention(q, k, v, plan.table, q_freqs=q_freqs, k_freqs=k_freqs, key_mask=key_mask)
-    return attended.flatten(2), cache
-
-
-def read_tokens(tensor: Tensor, plan: AttentionPlan) -> Tensor:
-    """Selects the tokens that are read, on axis 1: a view where they are one run."""
-    if plan.reads_all:
-        return tensor
-    parts = [tensor[:, begin:end] for begin, end in plan.read_slices or ((0, 0),)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _attention_with_dropout(
-    q: Tensor, k: Tensor, v: Tensor, table: KeyRangeTable, key_mask: Tensor | None, dropout: float
-) -> Tensor:
-    """Attention of rotated q and k with dropped weights, one call for each entry of the table. Shapes as there."""
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    for (q_begin, q_end), key_ranges in table.entries():
-        if sum(end - begin for begin, end in key_ranges) == 0:
-            continue
-        keys = torch.cat([k[:, begin:end] for begin, end in key_ranges], dim=1)
-        values = torch.cat([v[:, begin:end] for begin, end in key_ranges], dim=1)
-        mask = has_key = None
-        if key_mask is not None:
-            mask = torch.cat([key_mask[:, begin:end] for begin, end in key_ranges], dim=1)[:, None, None, :]
-            has_key = mask.any(dim=-1, keepdim=True)
-            # Not every kernel behind it answers a row without keys by zeros: let it see all keys, zero the outcome.
-            mask = mask | ~has_key
-        attended = nn.functional.scaled_dot_product_attention(
-            q[:, q_begin:q_end].transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attn_mask=mask,
-            dropout_p=dropout,
-        )
-        if has_key is not None:
-            attended = attended.masked_fill(~has_key, 0.0)
-        out[:, q_begin:q_end] = attended.transpose(1, 2)
-    return out
+def _are_equal(joined: Tensor, fused: Tensor) -> bool:
+    if joined.is_meta or fused.is_meta:
+        return joined.shape == fused.shape
+    return joined.shape == fused.shape and torch.equal(joined, fused.to(joined))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor, nn
 
 from .._context import interceptable
 from ..patterns import AttentionPattern, TokenSpec
-from .config import MultiBranchAnchorAttentionConfig, resolve_config
+from .checks import Freqs, check_groups
+from .config import MultiBranchAnchorAttentionConfig, default, given, resolve_config
 from .errors import MissingAnchorTokenError, MissingBranchTokensError, UnexpectedTokenError
 from .kv_cache import CacheEntry, KVCache
-from .mixed import Freqs, MixedAttention
+from .mixed import MixedAttention
 from .plan import bounded_cache
 
 
@@ -26,6 +27,16 @@ class MultiBranchAnchorAttention(nn.Module):
     Args:
         config: A config of the class ``config_class`` or any object with its fields; or ``None`` and the fields as
             keywords.
+        hidden_dim: Width of the tokens, a multiple of ``num_heads``.
+        num_heads: Number of heads.
+        branches: Names of the branches: prefixes of their token groups' names.
+        anchor_suffix: The anchors of a branch are the group ``branch + anchor_suffix``.
+        use_rope: Whether queries and keys are rotated by ``freqs``, which ``forward`` then requires.
+        dropout: Probability with which attention weights are dropped while training.
+        init_weights: How the projections are initialised, see :class:`AttentionConfig`.
+        bias: Whether the projections have a bias.
+        qk_norm: Whether queries and keys are normalised: ``False``, ``True``, or ``"rms"`` with learnt weights.
+        dim: Another name of ``hidden_dim``.
 
     Raises:
         TypeError: If a field is missing or unknown.
@@ -34,9 +45,36 @@ class MultiBranchAnchorAttention(nn.Module):
 
     config_class: ClassVar[type[MultiBranchAnchorAttentionConfig]] = MultiBranchAnchorAttentionConfig
 
-    def __init__(self, config: Any = None, **fields: Any) -> None:
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        hidden_dim: int | None = None,
+        num_heads: int | None = None,
+        branches: Sequence[str] | None = None,
+        anchor_suffix: str = default("_anchors"),
+        use_rope: bool = default(False),
+        dropout: float = default(0.0),
+        init_weights: str = default("truncnormal002"),
+        bias: bool = default(True),
+        qk_norm: bool | str = default(False),
+        dim: int | None = None,
+        **unknown: NoReturn,
+    ) -> None:
         super().__init__()
-        resolved = resolve_config(self.config_class, config, fields)
+        fields = {
+            "hidden_dim": hidden_dim,
+            "num_heads": num_heads,
+            "branches": branches,
+            "anchor_suffix": anchor_suffix,
+            "use_rope": use_rope,
+            "dropout": dropout,
+            "init_weights": init_weights,
+            "bias": bias,
+            "qk_norm": qk_norm,
+            "dim": dim,
+        }
+        resolved = resolve_config(self.config_class, config, given(fields), unknown)
         self.mixed_attention = MixedAttention(resolved)
         self.branches = resolved.branches
         self.anchor_suffix = resolved.anchor_suffix
@@ -60,6 +98,7 @@ class MultiBranchAnchorAttention(nn.Module):
             MissingAnchorTokenError: If anchors that the module needs are not among the token groups.
             ValueError: As for :class:`MixedAttention`.
         """
+        check_groups(token_specs)
         self._validate(token_specs)
         result: Tensor | tuple[Tensor, KVCache] = self.mixed_attention(
             x,
@@ -71,6 +110,9 @@ class MultiBranchAnchorAttention(nn.Module):
             return_kv_cache=return_kv_cache,
         )
         return result
+
+    def extra_repr(self) -> str:
+        return f"branches={self.branches}, anchor_suffix={self.anchor_suffix!r}"
 
     def _create_attention_patterns(self, token_specs: Sequence[TokenSpec]) -> Sequence[AttentionPattern]:
         """Says who reads whom. Called in every forward pass."""

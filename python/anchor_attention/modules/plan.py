@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import NamedTuple, ParamSpec, TypeVar, cast
 
-import torch
-
 from ..key_range_table import KeyRangeTable
+from .tracing import is_traced
 
 Slice = tuple[int, int]
 Pattern = tuple[tuple[str, ...], tuple[str, ...]]
@@ -22,13 +21,15 @@ CACHED_CALLS = 256
 def bounded_cache(function: Callable[P, R]) -> Callable[P, R]:
     """Remembers the results of the last calls of a pure function with hashable arguments.
 
-    While ``torch.compile`` or ``torch.export`` trace, sizes can be symbolic, and those can't be looked up.
+    Arguments that are equal must mean the same: numbers are ``int``, never ``float`` or of another library.
+
+    While ``torch.compile``, ``torch.export`` or another tracer run, sizes can be symbolic, and can't be looked up.
     """
     cached = cast(Callable[P, R], lru_cache(maxsize=CACHED_CALLS)(function))
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return function(*args, **kwargs) if torch.compiler.is_compiling() else cached(*args, **kwargs)
+        return function(*args, **kwargs) if is_traced() else cached(*args, **kwargs)
 
     return call
 
@@ -64,13 +65,16 @@ class AttentionPlan(NamedTuple):
 
 
 @bounded_cache
-def attention_plan(groups: tuple[GroupSize, ...], patterns: tuple[Pattern, ...], keep_unread: bool) -> AttentionPlan:
+def attention_plan(
+    groups: tuple[GroupSize, ...], patterns: tuple[Pattern, ...], keep_unread: bool, keep_names: tuple[str, ...] = ()
+) -> AttentionPlan:
     """Makes the plan of a call.
 
     Args:
         groups: The token groups in the order of x.
         patterns: Names of the query groups and names of the key groups, for each pattern.
         keep_unread: Whether groups that are read only by groups outside x count as read too.
+        keep_names: Groups that count as read in any case.
 
     Raises:
         ValueError: If groups or patterns contradict each other, or a group that is read is neither in x nor cached.
@@ -79,6 +83,7 @@ def attention_plan(groups: tuple[GroupSize, ...], patterns: tuple[Pattern, ...],
     _check_patterns(groups, patterns)
     keys_of = {query: keys for queries, keys in patterns for query in queries}
     read = {key for queries, keys in patterns if keep_unread or any(q in query_slices for q in queries) for key in keys}
+    read.update(keep_names)
 
     key_slices: dict[str, Slice] = {}
     read_slices: list[Slice] = []

@@ -60,8 +60,16 @@ class RopeFrequency(nn.Module):
         exponents = torch.arange(n_frequencies, dtype=torch.float32, device=device) / n_frequencies
         return 1.0 / self.max_wavelength**exponents
 
+    def reset_parameters(self) -> None:
+        """Computes the frequencies anew, for example after ``to_empty``."""
+        self.omega.copy_(self._frequencies(self.omega.shape[0], self.omega.device))
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> RopeFrequency:
+        was_meta = self.omega.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.omega.is_meta:
+            # Nothing was there to be moved.
+            self.reset_parameters()
         # Angles are frequency times coordinate: in half precision they would be off by radians for distant points.
         if self.omega.dtype not in (torch.float32, torch.float64):
             self.omega = self._frequencies(self.omega.shape[0], self.omega.device)

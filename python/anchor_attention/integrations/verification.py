@@ -1,0 +1,444 @@
+"""Runs a stand-in beside its original on small random inputs that cover what the module can meet.
+
+Both run on a twin of the module that shares its layers' classes and settings, but holds no hooks; where all parameters
+are plain, the twin has random ones, so that attention is far from uniform even in a model that was just initialised.
+The module itself is never called, and nothing of it is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .fused_forward import FusedForward, fused_class
+
+BATCH = 2
+# Of the largest value of a result, in units of its type's rounding: sums in another order, exponentials of scores.
+ROUNDINGS = 8
+# The least tolerance, for types whose rounding is finer than that of the factors of the rotation.
+RELATIVE_TOLERANCE = 1e-4
+
+Call = Callable[[nn.Module], Any]
+
+
+class Unverifiable(Exception):
+    """The original can't be run on inputs made for it."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A token group with the properties that an original may ask for."""
+
+    name: str
+    size: int | None
+
+    @property
+    def domain(self) -> str:
+        return self.name.split("_")[0]
+
+    @property
+    def attn_type(self) -> str:
+        return self.name.split("_")[-1]
+
+
+@dataclass(frozen=True)
+class _Pattern:
+    query_tokens: list[str]
+    key_value_tokens: list[str]
+
+
+def difference(module: nn.Module, forward: type[FusedForward], branches: Sequence[str]) -> str | None:
+    """Compares a module's own forward pass with that of a stand-in.
+
+    Args:
+        module: The original.
+        forward: The stand-in's class.
+        branches: Names of the branches that the module may meet, as far as they are known.
+
+    Returns:
+        Where they differ and by how much, ``None`` if they agree.
+
+    Raises:
+        Unverifiable: If the original fails on every input.
+    """
+    device = _device_of(module)
+    state = _GeneratorStates(device)
+    with state, torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        original = _twin(module, device)
+        fused = copy.copy(original)
+        fused.__dict__ = original.__dict__.copy()
+        fused.__class__ = fused_class(forward, type(original))
+        compared = 0
+        errors: list[str] = []
+        for name, calls in _cases(original, branches, device):
+            for trains in (False, True):
+                if trains and getattr(original, "dropout", 0.0) > 0:
+                    continue
+                _set_training(original, trains)
+                _set_training(fused, trains)
+                try:
+                    expected = _run(original, calls)
+                except Exception as error:
+                    # Not every version can do everything: what the original refuses is nothing to compare with.
+                    errors.append(f"{type(error).__name__}: {error}")
+                    continue
+                compared += 1
+                try:
+                    found = _run(fused, calls)
+                except Exception as error:
+                    return f"fails with {name} ({type(error).__name__}: {error:.120})"
+                by = _distance(expected, found)
+                if by is not None:
+                    return f"differs from the original with {name}: {by}"
+        if not compared:
+            raise Unverifiable(
+                f"its own forward fails on small random inputs ({errors[0] if errors else 'no case':.120})"
+            )
+    return None
+
+
+def signature(module: nn.Module, forward: type[FusedForward], branches: Sequence[str]) -> Any:
+    """What the outcome depends on, ``None`` if it may depend on more than can be listed."""
+    parts = [(name, type(part)) for name, part in module.named_modules()]
+    if not _has_plain_parameters(module):
+        return None
+    plain = (bool, int, float, str, type(None), torch.dtype, tuple)
+    settings = []
+    for name, part in module.named_modules():
+        for key, value in vars(part).items():
+            if key in ("_parameters", "_buffers", "_modules", "training") or key.endswith("_hooks"):
+                continue
+            if key.startswith("_") and not value:
+                continue
+            if isinstance(value, plain):
+                settings.append((name, key, value))
+            elif key not in ("_forward_hooks_with_kwargs", "_non_persistent_buffers_set"):
+                return None
+    shapes = tuple((name, p.shape, p.dtype, p.device) for name, p in module.named_parameters())
+    return forward, type(module), tuple(parts), tuple(settings), shapes, tuple(branches)
+
+
+class _GeneratorStates(contextlib.AbstractContextManager[None]):
+    """Leaves torch's generators as they were, and begins with the same state every time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._devices = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
+
+    def __enter__(self) -> None:
+        self._fork = torch.random.fork_rng(devices=self._devices)
+        self._fork.__enter__()
+        torch.manual_seed(0)
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    # What a model on the meta device will compute can be seen on the CPU, with parameters of the twin's own.
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _has_plain_parameters(module: nn.Module) -> bool:
+    """Whether the module and its layers are their parameters and nothing besides, so that others can be put there."""
+    for part in module.modules():
+        if "forward" in vars(part) or any(isinstance(value, Tensor) for value in vars(part).values()):
+            return False
+        for parameter in part._parameters.values():
+            if parameter is not None and not (type(parameter) is nn.Parameter and parameter.is_floating_point()):
+                return False
+    return True
+
+
+def _twin(module: nn.Module, device: torch.device) -> nn.Module:
+    own_parameters = _has_plain_parameters(module)
+    return _copied(module, device if own_parameters else None)
+
+
+def _copied(module: nn.Module, device: torch.device | None) -> nn.Module:
+    """The module and its submodules anew, without hooks; with random parameters on the device, or with the same."""
+    twin: nn.Module = module.__class__.__new__(module.__class__)
+    twin.__dict__ = module.__dict__.copy()
+    for name, value in vars(module).items():
+        # Hooks that compute the weights belong to a layer that is not plain.
+        if name.endswith("_hooks") and isinstance(value, OrderedDict):
+            twin.__dict__[name] = OrderedDict() if device is not None else value.copy()
+    twin.__dict__["_parameters"] = {
+        name: parameter if parameter is None or device is None else _random_like(parameter, device)
+        for name, parameter in module._parameters.items()
+    }
+    twin.__dict__["_buffers"] = dict(module._buffers)
+    twin.__dict__["_modules"] = {
+        name: None if child is None else _copied(child, device) for name, child in module._modules.items()
+    }
+    return twin
+
+
+def _random_like(parameter: Tensor, device: torch.device) -> nn.Parameter:
+    scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.5
+    values = _random(*parameter.shape) * scale + (1.0 if parameter.dim() == 1 else 0.0)
+    return nn.Parameter(values.to(device, parameter.dtype), requires_grad=parameter.requires_grad)
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cpu", dtype=torch.float32)
+
+
+def _set_training(module: nn.Module, trains: bool) -> None:
+    for part in module.modules():
+        part.training = trains
+
+
+def _run(module: nn.Module, calls: Sequence[Call]) -> list[Tensor | None]:
+    """What the calls return, what goes into the output projection, and the gradient of the tokens."""
+    results: list[Tensor | None] = []
+    for call in calls:
+        # Masks of a cache are only in ours.
+        results += [leaf for leaf in tree_leaves(call(module)) if isinstance(leaf, Tensor) and leaf.dtype != torch.bool]
+    return results
+
+
+def _distance(expected: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> str | None:
+    if len(expected) != len(found):
+        return f"{len(found)} tensors in the place of {len(expected)}"
+    for right, ours in zip(expected, found, strict=True):
+        if right is None or ours is None:
+            if right is not ours:
+                return "a gradient is missing"
+            continue
+        if right.shape != ours.shape or right.dtype != ours.dtype:
+            return f"{ours.dtype} of shape {tuple(ours.shape)} in the place of {right.dtype} {tuple(right.shape)}"
+        if not right.is_floating_point() or right.numel() == 0:
+            continue
+        tolerance = max(ROUNDINGS * torch.finfo(right.dtype).eps, RELATIVE_TOLERANCE)
+        right, ours = right.double(), ours.double()
+        scale = float(right.abs().max())
+        by = float((right - ours).abs().max())
+        if not by <= tolerance * max(scale, 1e-6):
+            return f"by {by / max(scale, 1e-6):.2g} of the largest value"
+    return None
+
+
+def _cases(module: nn.Module, branches: Sequence[str], device: torch.device) -> Iterator[tuple[str, list[Call]]]:
+    names = tuple(inspect.signature(type(module).forward).parameters)
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    inputs = _Inputs(module, names, device, dtype)
+    if "attention_patterns" in names:
+        yield from _mixed_cases(inputs, branches)
+    elif "kv" in names:
+        yield from _perceiver_cases(inputs, branches)
+    else:
+        yield from _plain_cases(inputs)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    module: nn.Module
+    names: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    def tokens(self, n: int, width: int | None = None, batch: int = BATCH) -> Tensor:
+        width = int(self.module.num_heads) * int(self.module.head_dim) if width is None else width  # type: ignore[arg-type]
+        return _random(batch, n, width).to(self.device, self.dtype)
+
+    def freqs(self, n: int, batch: int = BATCH) -> Tensor | None:
+        if not getattr(self.module, "use_rope", False):
+            return None
+        angles = 3 * _random(batch, n, int(self.module.head_dim) // 2)  # type: ignore[arg-type]
+        factors = torch.polar(torch.ones_like(angles), angles)
+        return factors.to(self.device, torch.complex128 if self.dtype == torch.float64 else torch.complex64)
+
+    def call(self, *tokens: str, **arguments: Any) -> Call:
+        """A call, followed by the gradients of the named arguments."""
+        given = {name: value for name, value in arguments.items() if name in self.names and value is not None}
+
+        def run(module: nn.Module) -> Any:
+            inputs = dict(given)
+            entered: list[Tensor] = []
+            with torch.set_grad_enabled(bool(tokens)):
+                for name in tokens:
+                    inputs[name] = inputs[name].detach().requires_grad_()
+                proj = module.get_submodule("proj")
+                handle = proj.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+                try:
+                    result = module.forward(**inputs)
+                finally:
+                    handle.remove()
+                outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+                if not tokens:
+                    return result, entered
+                total = sum((out * torch.cos(torch.arange(out.shape[-1], device=out.device))).sum() for out in outputs)
+                grads = torch.autograd.grad(total, [inputs[name] for name in tokens])  # type: ignore[arg-type]
+            return [out.detach() for out in (*outputs, *entered)], grads
+
+        return run
+
+
+def _mixed_cases(inputs: _Inputs, branches: Sequence[str]) -> Iterator[tuple[str, list[Call]]]:
+    first, second, *others = _branch_names(inputs.module, branches)
+    sizes = {
+        "balanced groups": ((4, 6), (4, 6)),
+        "nearly balanced groups": ((10, 11), (10, 10)),
+        "unbalanced groups": ((3, 4), (5, 13)),
+        "anchors alone": ((4, 0), (7, 0)),
+    }
+    for name, (of_first, of_second) in sizes.items():
+        groups = _groups({first: of_first, second: of_second, **dict.fromkeys(others, of_second)})
+        for kind, patterns in _patterns(groups).items():
+            yield f"{name}, {kind}", [_mixed_call(inputs, groups, patterns, "x")]
+    yield "one branch", [_mixed_call(inputs, _groups({first: (4, 6)}), None)]
+    yield "an empty branch", [_mixed_call(inputs, _groups({first: (4, 6), second: (5, 0)}, keep_empty=True), None)]
+    yield "queries first", [_mixed_call(inputs, _groups({first: (4, 6), second: (5, 9)})[::-1], None)]
+    groups = _groups({first: (4, 6), second: (5, 9)})
+    yield "factors that the samples share", [_mixed_call(inputs, groups, None, freqs_batch=1)]
+    if "key_padding_mask" in inputs.names:
+        for name, of_second in (("a mask", (5, 9)), ("a mask, balanced groups", (4, 6))):
+            groups = _groups({first: (4, 6), second: of_second})
+            for kind, patterns in _patterns(groups).items():
+                yield f"{name}, {kind}", [_mixed_call(inputs, groups, patterns, mask=True)]
+    if "kv_cache" in inputs.names:
+        for absent in (False, True):
+            yield f"a cache{', a branch without queries' if absent else ''}", _cached_calls(inputs, groups, absent)
+
+
+def _branch_names(module: nn.Module, branches: Sequence[str]) -> list[str]:
+    domains = [branch.split("_")[0] for branch in branches]
+    names = list(branches) if len(set(domains)) == len(domains) else []
+    # As many as there are projections by domain, where there are such.
+    n_domains = getattr(getattr(module, "q", None), "num_types", 2)
+    names += [name for name in ("surface", "volume", *(f"domain{i}" for i in range(n_domains))) if name not in names]
+    return names[: max(2, n_domains)]
+
+
+def _groups(sizes: dict[str, tuple[int, int]], keep_empty: bool = False) -> list[_Group]:
+    groups = []
+    for branch, (anchors, queries) in sizes.items():
+        groups.append(_Group(f"{branch}_anchors", anchors))
+        if queries or keep_empty:
+            groups.append(_Group(f"{branch}_queries", queries))
+    return groups
+
+
+def _patterns(groups: Sequence[_Group]) -> dict[str, list[_Pattern]]:
+    """Attention within, across, and within and across branches."""
+    by_branch: dict[str, list[str]] = {}
+    for group in groups:
+        by_branch.setdefault(group.name.rsplit("_", 1)[0], []).append(group.name)
+    anchors = {branch: f"{branch}_anchors" for branch in by_branch}
+    every = [group.name for group in groups]
+    return {
+        "attention within branches": [_Pattern(names, [anchors[branch]]) for branch, names in by_branch.items()],
+        "attention across branches": [
+            _Pattern(names, [anchor for other, anchor in anchors.items() if other != branch or len(anchors) == 1])
+            for branch, names in by_branch.items()
+        ],
+        "joint attention": [_Pattern(every, list(anchors.values()))],
+    }
+
+
+def _mixed_call(
+    inputs: _Inputs,
+    groups: Sequence[_Group],
+    patterns: Sequence[_Pattern] | None,
+    *tokens: str,
+    mask: bool = False,
+    freqs_batch: int = BATCH,
+) -> Call:
+    n = sum(group.size or 0 for group in groups)
+    padding = None
+    if mask:
+        padding = _random(BATCH, n) > -0.5
+        begin = 0
+        for group in groups:
+            # No row without keys: what an original makes of them is not the same in every version of torch.
+            padding[:, begin] = True
+            begin += group.size or 0
+        padding = padding.to(inputs.device)
+    patterns = _patterns(groups)["joint attention"] if patterns is None else patterns
+    return inputs.call(
+        *tokens,
+        x=inputs.tokens(n),
+        token_specs=list(groups),
+        attention_patterns=list(patterns),
+        key_padding_mask=padding,
+        freqs=inputs.freqs(n, freqs_batch),
+    )
+
+
+def _cached_calls(inputs: _Inputs, groups: Sequence[_Group], absent: bool) -> list[Call]:
+    """A call that returns a cache, and one of queries alone that reads the original's kind of cache."""
+    patterns = _patterns(groups)["joint attention"]
+    n = sum(group.size or 0 for group in groups)
+    x, freqs = inputs.tokens(n), inputs.freqs(n)
+    alone = [
+        _Group(group.name, None if group.name.endswith("_anchors") else group.size)
+        for group in groups
+        if not (absent and group is groups[-1])
+    ]
+    n_alone = sum(group.size or 0 for group in alone)
+    queries, query_freqs = inputs.tokens(n_alone), inputs.freqs(n_alone)
+    names = {group.name for group in alone}
+    kept = [_Pattern([name for name in p.query_tokens if name in names], p.key_value_tokens) for p in patterns]
+    first = inputs.call(x=x, token_specs=list(groups), attention_patterns=patterns, freqs=freqs)
+
+    def both(module: nn.Module) -> Any:
+        whole = first(module)
+        cache = whole[0][1]
+        second = inputs.call(x=queries, token_specs=alone, attention_patterns=kept, freqs=query_freqs, kv_cache=cache)
+        # Ours carries a mask where there was one; here there was none.
+        return whole, second(module)
+
+    return [both]
+
+
+def _plain_cases(inputs: _Inputs) -> Iterator[tuple[str, list[Call]]]:
+    x, freqs = inputs.tokens(9), inputs.freqs(9)
+    first = torch.arange(9, device="cpu") == 0
+    masks = {
+        "no mask": None,
+        "a mask of keys": (_random(BATCH, 1, 1, 9) > -0.5) | first,
+        "a mask of keys that the samples share": (_random(1, 1, 1, 9) > -0.5).index_fill(
+            3, torch.tensor([2], device="cpu"), True
+        ),
+        "a mask of pairs": (_random(BATCH, 1, 9, 9) > -0.5) | torch.eye(9, dtype=torch.bool, device="cpu"),
+        "a mask that is added": _random(9, 9).to(inputs.dtype),
+    }
+    for name, mask in masks.items():
+        mask = None if mask is None else mask.to(inputs.device)
+        yield name, [inputs.call("x", x=x, attn_mask=mask, freqs=freqs)]
+    yield "one token", [inputs.call("x", x=inputs.tokens(1), freqs=inputs.freqs(1))]
+
+
+def _perceiver_cases(inputs: _Inputs, branches: Sequence[str]) -> Iterator[tuple[str, list[Call]]]:
+    first, second, *others = _branch_names(inputs.module, branches)
+    layer = getattr(inputs.module, "k", None) or getattr(inputs.module, "kv", None)
+    width = getattr(layer, "in_features", None)
+    balances = {"balanced groups": (5, 5), "nearly balanced groups": (21, 20), "unbalanced groups": (4, 13)}
+    kv = inputs.tokens(7, width)
+    for name, (of_first, of_second) in balances.items():
+        groups = [_Group(f"{first}_anchors", of_first)]
+        groups += [_Group(f"{branch}_anchors", of_second) for branch in (second, *others)]
+        n = sum(group.size or 0 for group in groups)
+        x, q_freqs, k_freqs = inputs.tokens(n), inputs.freqs(n), inputs.freqs(7)
+        mask = ((_random(BATCH, 1, 1, 7) > -0.5) | (torch.arange(7, device="cpu") == 0)).to(inputs.device)
+        arguments = {"q": x, "token_specs": groups, "kv": kv, "q_freqs": q_freqs, "k_freqs": k_freqs}
+        yield name, [inputs.call("q", "kv", **arguments)]
+        yield f"{name} and a mask", [inputs.call(attn_mask=mask, **arguments)]
+        if "kv_cache" in inputs.names:
+            cached = {"q": inputs.tokens(n), "token_specs": groups, "q_freqs": q_freqs}
+
+            def both(module: nn.Module, arguments: Any = arguments, cached: Any = cached) -> Any:
+                whole = inputs.call(**arguments)(module)
+                return whole, inputs.call(kv_cache=whole[0][1], **cached)(module)
+
+            yield f"{name} and a cache", [both]
