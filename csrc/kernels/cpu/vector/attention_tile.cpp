@@ -33,7 +33,7 @@ struct ForwardScratch {
   T* correction;     // [strip_columns], what the earlier sums are multiplied by
   T* row_max;        // [tile_queries], in units of log 2
   T* row_sum;        // [tile_queries]
-  T* rows;           // [tile_queries, padded_head_dim]
+  T* rows;           // [tile_queries, padded_head_dim], queries and then outputs
 };
 
 // Stores scores and keeps the maximum of every column.
@@ -120,13 +120,25 @@ template <typename Target, typename Operand, typename T = Sum<Operand>>
 ANCHOR_ATTENTION_INLINE void store_rows(const ForwardTile& tile, const ForwardScratch<Operand>& s, Target* out,
                                         int64_t out_stride, T* lse) {
   const int64_t head_dim = tile.params->head_dim;
-  for (int64_t i = 0; i < tile.n_queries; ++i) {
+  const int64_t padded = round_up_to_lanes<T>(head_dim);
+  for (int64_t column = 0; column < tile.n_queries; column += kLanes<T>) {
+    const T* out_columns =
+        s.out_panel + column / kStripColumns<T> * kStripColumns<T> * head_dim + column % kStripColumns<T>;
     // A sum of 0 says that every score was −inf: the output is 0, as without keys.
-    const T inverse = s.row_sum[i] == 0 ? T(0) : 1 / s.row_sum[i];
-    const T* out_column = s.out_panel + i / kStripColumns<T> * kStripColumns<T> * head_dim + i % kStripColumns<T>;
-    for (int64_t d = 0; d < head_dim; ++d) {
-      out[i * out_stride + d] = narrow<Target>(out_column[d * kStripColumns<T>] * inverse);
+    const Vector<T> sum = load(s.row_sum + column);
+    const Vector<T> inverse = sum == T(0) ? Vector<T>{} : 1 / sum;
+    for (int64_t d = 0; d < padded; d += kLanes<T>) {
+      Vector<T> block[kLanes<T>];
+      for (int i = 0; i < kLanes<T>; ++i) {
+        block[i] = d + i < head_dim ? load(out_columns + (d + i) * kStripColumns<T>) * inverse : Vector<T>{};
+      }
+      transpose_block<T>(block);
+      for (int i = 0; i < kLanes<T>; ++i) store(s.rows + (column + i) * padded + d, block[i]);
     }
+  }
+  for (int64_t i = 0; i < tile.n_queries; ++i) {
+    const T* row = s.rows + i * padded;
+    for (int64_t d = 0; d < head_dim; ++d) out[i * out_stride + d] = narrow<Target>(row[d]);
     lse[i] = static_cast<T>((s.row_max[i] + log2(s.row_sum[i])) * kLn2);
   }
 }

@@ -49,7 +49,11 @@ class Scratch {
 
 template <typename Storage, typename T = Working<Storage>>
 ANCHOR_ATTENTION_INLINE void widen_row(const Storage* source, int64_t n, int64_t padded, T* target) {
-  for (int64_t d = 0; d < n; ++d) target[d] = widen(source[d]);
+  if constexpr (std::is_same_v<Storage, T>) {
+    std::memcpy(target, source, n * sizeof(T));
+  } else {
+    for (int64_t d = 0; d < n; ++d) target[d] = widen(source[d]);
+  }
   for (int64_t d = n; d < padded; ++d) target[d] = 0;
 }
 
@@ -109,6 +113,22 @@ ANCHOR_ATTENTION_INLINE void load_queries(const AttentionParams& p, int64_t batc
   }
 }
 
+// A sum for each lane: one chain of additions would take longer than all other set-up of a tile.
+template <typename Storage, typename T = Working<Storage>>
+ANCHOR_ATTENTION_INLINE T dot(const T* a, const Storage* b, int64_t n) {
+  Vector<T> sums{};
+  int64_t d = 0;
+  for (; d + kLanes<T> <= n; d += kLanes<T>) {
+    T piece[kLanes<T>];
+    for (int i = 0; i < kLanes<T>; ++i) piece[i] = widen(b[d + i]);
+    sums += load(a + d) * load(piece);
+  }
+  T sum = 0;
+  for (; d < n; ++d) sum += a[d] * widen(b[d]);
+  for (int i = 0; i < kLanes<T>; ++i) sum += sums[i];
+  return sum;
+}
+
 // What the backward needs of a tile besides its queries: dO as rows, and for each of `columns` queries lse in units of
 // log 2 and delta = Σ_d dO · O − grad_lse. An lse of +inf makes a row's probabilities 0.
 template <typename Storage, typename T = Working<Storage>>
@@ -130,8 +150,7 @@ ANCHOR_ATTENTION_INLINE void load_statistics(const BackwardTile& tile, int64_t c
     T* grad_out_row = grad_out_rows + i * padded;
     widen_row(row_of<Storage>(p.grad_out, p.grad_out_strides, tile.batch, tile.q_begin + i, tile.head), f.head_dim,
               padded, grad_out_row);
-    T delta = 0;
-    for (int64_t d = 0; d < f.head_dim; ++d) delta += grad_out_row[d] * widen(out[i * out_stride + d]);
+    const T delta = dot(grad_out_row, out + i * out_stride, f.head_dim);
     tile_delta[i] = delta - (grad_lse == nullptr ? T(0) : grad_lse[i]);
     if (lse[i] != -kInfinity<T>) tile_lse[i] = static_cast<T>(lse[i] * kLog2E);
   }
@@ -152,21 +171,38 @@ ANCHOR_ATTENTION_INLINE Operand to_operand(Sum<Operand> first, [[maybe_unused]] 
 }
 
 // Rows [n_rows, row_stride] → [strips, operands along the row, strip_columns]: B of a product that sums along the row.
-// Columns beyond the rows become zero.
+// Columns beyond the rows become zero. row_stride is a multiple of the vector's lanes, and the rows are padded to it.
 template <typename Operand>
 ANCHOR_ATTENTION_INLINE void to_panel(const Sum<Operand>* rows, int64_t n_rows, int64_t row_stride, int64_t row_length,
                                       Operand* panel) {
   constexpr int64_t kStrip = kStripColumns<Sum<Operand>>;
   constexpr int kStep = kDepth<Operand>;
-  for (int64_t strip = 0; strip < kTileQueries<Sum<Operand>>; strip += kStrip) {
-    const int64_t n = n_rows - strip < 0 ? 0 : n_rows - strip < kStrip ? n_rows - strip : kStrip;
-    for (int64_t d = 0; d < row_length; d += kStep, panel += kStrip) {
-      const int64_t next = d + kStep - 1 < row_length ? d + kStep - 1 : d;
-      for (int64_t i = 0; i < n; ++i) {
-        const Sum<Operand>* row = rows + (strip + i) * row_stride;
-        panel[i] = to_operand<Operand>(row[d], next == d ? Sum<Operand>(0) : row[next]);
+  if constexpr (kStep == 1) {
+    using T = Sum<Operand>;
+    for (int64_t column = 0; column < kTileQueries<T>; column += kLanes<T>) {
+      T* out = panel + column / kStrip * kStrip * row_length + column % kStrip;
+      for (int64_t d = 0; d < row_length; d += kLanes<T>) {
+        Vector<T> block[kLanes<T>];
+        for (int i = 0; i < kLanes<T>; ++i) {
+          block[i] = column + i < n_rows ? load(rows + (column + i) * row_stride + d) : Vector<T>{};
+        }
+        transpose_block<T>(block);
+        for (int i = 0; i < kLanes<T>; ++i) {
+          if (d + i < row_length) store(out + (d + i) * kStrip, block[i]);
+        }
       }
-      for (int64_t i = n; i < kStrip; ++i) panel[i] = Operand{};
+    }
+  } else {
+    for (int64_t strip = 0; strip < kTileQueries<Sum<Operand>>; strip += kStrip) {
+      const int64_t n = n_rows - strip < 0 ? 0 : n_rows - strip < kStrip ? n_rows - strip : kStrip;
+      for (int64_t d = 0; d < row_length; d += kStep, panel += kStrip) {
+        const int64_t next = d + kStep - 1 < row_length ? d + kStep - 1 : d;
+        for (int64_t i = 0; i < n; ++i) {
+          const Sum<Operand>* row = rows + (strip + i) * row_stride;
+          panel[i] = to_operand<Operand>(row[d], next == d ? Sum<Operand>(0) : row[next]);
+        }
+        for (int64_t i = n; i < kStrip; ++i) panel[i] = Operand{};
+      }
     }
   }
 }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX__)
 #include <immintrin.h>
@@ -79,6 +80,34 @@ ANCHOR_ATTENTION_INLINE Vector<T> splat(T value) {
 template <typename V>
 ANCHOR_ATTENTION_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
+}
+
+template <int kStep, typename V, int... kLane>
+ANCHOR_ATTENTION_INLINE V merge_low(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  return __builtin_shufflevector(a, b, ((kLane & kStep) != 0 ? kCount + kLane - kStep : kLane)...);
+}
+
+template <int kStep, typename V, int... kLane>
+ANCHOR_ATTENTION_INLINE V merge_high(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int kCount = sizeof...(kLane);
+  return __builtin_shufflevector(a, b, ((kLane & kStep) != 0 ? kCount + kLane : kLane + kStep)...);
+}
+
+// Transposes a square block of as many vectors as a vector has lanes: swaps 1 × 1 blocks across the diagonal, then
+// 2 × 2, and so on.
+template <typename T, int kStep = 1>
+ANCHOR_ATTENTION_INLINE void transpose_block(Vector<T> (&rows)[kLanes<T>]) {
+  if constexpr (kStep < kLanes<T>) {
+    constexpr std::make_integer_sequence<int, kLanes<T>> kSequence{};
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if ((i & kStep) != 0) continue;
+      const Vector<T> low = merge_low<kStep>(rows[i], rows[i + kStep], kSequence);
+      rows[i + kStep] = merge_high<kStep>(rows[i], rows[i + kStep], kSequence);
+      rows[i] = low;
+    }
+    transpose_block<T, 2 * kStep>(rows);
+  }
 }
 
 // 2^x for x ≤ 127, relative error ≤ 2e-7; 0 below −127, NaN for NaN.
