@@ -2,6 +2,7 @@
 # make test   the tests, on every core; it says what it leaves out and why
 # make test-slow    the long tests: emulated sweeps, whole programs, builds
 # make test-corpus  the PTX emulator against kernels that others' compilers made (installs Triton: a gigabyte)
+# make fuzz   random calls against float64 on every instruction set, a minute; FUZZ_ARGS="--seconds 3600" goes on
 # make bench  the CPU benchmarks, into benchmarks/results
 # make docs   the documentation site, into build/docs
 # make gpu    everything that needs a GPU: tests, sanitizers, benchmarks (DRY_RUN=1: the same stages on the CPU)
@@ -33,7 +34,7 @@ TEST_NEEDS := build/.complete build/.test-packages build/.examples-packages buil
 TEST_NEEDS += $(if $(CI),build/.corpus-packages)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-slow test-corpus bench docs gpu wheel wheel-test test-noether test-sanitizers test-aarch64 lint typecheck format clean help
+.PHONY: demo test fuzz test-slow test-corpus bench docs gpu wheel wheel-test test-noether test-sanitizers test-aarch64 lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -74,6 +75,9 @@ test-slow: $(TEST_NEEDS)
 
 test-corpus: $(TEST_NEEDS) build/.corpus-packages
 	$(PYTEST) tests/tools/corpus --timeout 1800 $(PYTEST_ARGS)
+
+fuzz: build/.complete build/.test-packages
+	$(PYTHON) -m tests.fuzz $(FUZZ_ARGS)
 
 bench: build/.runnable build/.bench-packages
 	$(PYTHON) -m benchmarks.run_cpu $(BENCH_ARGS)

@@ -46,14 +46,19 @@ def anchor_attention_reference(
             continue
         rows = slice(q_begin, q_end)
         index = torch.cat([torch.arange(begin, end, device=q.device) for begin, end in key_ranges])
-        scores = queries[:, :, rows] @ keys[:, :, index].transpose(-1, -2) * scale
+        group_keys, group_values = keys[:, :, index], values[:, :, index]
+        if key_mask is not None:
+            # What is masked may hold anything, and 0 · NaN is not 0.
+            dropped = ~key_mask[:, None, index, None]
+            group_keys, group_values = group_keys.masked_fill(dropped, 0.0), group_values.masked_fill(dropped, 0.0)
+        scores = queries[:, :, rows] @ group_keys.transpose(-1, -2) * scale
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None, index], -torch.inf)
         group_lse = torch.logsumexp(scores, dim=-1)
         # A row without keys has scores and lse of −inf; 0 in lse's place makes its probabilities 0 instead of NaN.
         reachable = group_lse > -torch.inf
         probabilities = torch.exp(scores - torch.where(reachable, group_lse, 0.0).unsqueeze(-1))
-        out[:, :, rows] = probabilities @ values[:, :, index]
+        out[:, :, rows] = probabilities @ group_values
         lse[:, :, rows] = group_lse
     out = out.transpose(1, 2).contiguous().to(q.dtype)
     return (out, lse) if return_lse else out

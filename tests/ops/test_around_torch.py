@@ -281,3 +281,18 @@ def test_a_batch_of_empty_heads_takes_no_memory() -> None:
     freqs = torch.ones(1, 0, 4, dtype=torch.complex64, requires_grad=True)
     grads = torch.autograd.grad(anchor_attention(q, k, k, table, q_freqs=freqs).sum(), (q, k, freqs))
     assert [grad.shape for grad in grads] == [q.shape, k.shape, freqs.shape] and not grads[1].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masked_keys_may_hold_anything_on_either_back_end(backend: str) -> None:
+    q, k, v = _tensors()
+    mask = torch.rand(2, 7) < 0.5
+
+    def run(filled: float) -> list[torch.Tensor]:
+        inputs = [q.clone(), *(tensor.masked_fill(~mask[..., None, None], filled) for tensor in (k, v))]
+        out = anchor_attention(*(tensor.requires_grad_() for tensor in inputs), TABLE, key_mask=mask)
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    with use_backend(backend):
+        for clean, poisoned in zip(run(0.0), run(torch.nan), strict=True):
+            torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)
