@@ -1,14 +1,13 @@
 """What every test shares: markers and what they mean, threads of parallel workers, and the list of what a run left out.
 
-A test that cannot run here is skipped with a reason, and so is one that would begin after `--budget`. Tests marked
-`slow` are deselected by `make test` (with `-m "not slow"`). The summary at the end of a run counts all of them.
+A test that cannot run here is skipped with a reason. Tests marked `slow` are deselected by `make test` (with
+`-m "not slow"`). The summary at the end of a run counts all of them.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +29,6 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 SLOW = "slow, run by `make test-slow`"
 _deselected: Counter[str] = Counter()
-_started = time.monotonic()
 _connect = socket.socket.connect
 _network_allowed = False
 
@@ -57,16 +55,9 @@ def pytest_configure() -> None:
     socket.socket.connect = _connect_here  # type: ignore[method-assign]
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--budget", type=float, metavar="SECONDS", help="tests that begin later are skipped, and counted")
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     global _network_allowed
     _network_allowed = item.get_closest_marker("network") is not None
-    budget = item.config.getoption("--budget")
-    if budget is not None and time.monotonic() - _started > budget:
-        pytest.skip(f"not begun within the budget of {budget:g} s")
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
