@@ -3,6 +3,7 @@
 # make test-slow    the long tests: emulated sweeps, whole programs, builds
 # make test-corpus  the PTX emulator against kernels that others' compilers made (installs Triton: a gigabyte)
 # make fuzz   random calls against float64 on every instruction set, a minute; FUZZ_ARGS="--seconds 3600" goes on
+# make fuzz-native   the key-range table under sanitizers, guided by coverage (FUZZ_SEED, FUZZ_SECONDS)
 # make bench  the CPU benchmarks, into benchmarks/results
 # make docs   the documentation site, into build/docs
 # make gpu    everything that needs a GPU: tests, sanitizers, benchmarks (DRY_RUN=1: the same stages on the CPU)
@@ -34,7 +35,7 @@ TEST_NEEDS := build/.complete build/.test-packages build/.examples-packages buil
 TEST_NEEDS += $(if $(CI),build/.corpus-packages)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test fuzz test-slow test-corpus bench docs gpu wheel wheel-test test-noether test-sanitizers test-aarch64 lint typecheck format clean help
+.PHONY: demo test fuzz fuzz-native test-slow test-corpus bench docs gpu wheel wheel-test test-noether test-sanitizers test-aarch64 lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -78,6 +79,18 @@ test-corpus: $(TEST_NEEDS) build/.corpus-packages
 
 fuzz: build/.complete build/.test-packages
 	$(PYTHON) -m tests.fuzz $(FUZZ_ARGS)
+
+# Needs no torch. Coverage comes from the table's own file alone.
+FUZZER ?= build/fuzz_key_ranges
+FUZZ_FLAGS := -std=c++20 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -Icsrc
+
+$(FUZZER): tests/fuzz/fuzz_key_ranges.cpp csrc/key_ranges.cpp csrc/key_ranges.h
+	@mkdir -p $(@D)
+	$${CXX:-g++} $(FUZZ_FLAGS) -fsanitize-coverage=trace-pc -c csrc/key_ranges.cpp -o $@.o
+	$${CXX:-g++} $(FUZZ_FLAGS) tests/fuzz/fuzz_key_ranges.cpp $@.o -o $@
+
+fuzz-native: $(FUZZER)
+	$(FUZZER) $(or $(FUZZ_SEED),0) $(or $(FUZZ_SECONDS),60)
 
 bench: build/.runnable build/.bench-packages
 	$(PYTHON) -m benchmarks.run_cpu $(BENCH_ARGS)

@@ -65,6 +65,8 @@ def large_or_tiny(rng: random.Random) -> str:
     inputs = random_inputs(rng, dtype)
     if rng.random() < 0.5:
         inputs.q, inputs.k = inputs.q * 30, inputs.k * 30
+        # Rotated rows are rounded to the dtype, which moves scores of thousands by whole units.
+        inputs.q_freqs = inputs.k_freqs = None
         _compare(inputs)
         return "large"
     inputs.v = inputs.v * 1e-39
