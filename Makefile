@@ -7,8 +7,10 @@
 # make bench  the CPU benchmarks, into benchmarks/results
 # make docs   the documentation site, into build/docs
 # make gpu    everything that needs a GPU: tests, sanitizers, benchmarks (DRY_RUN=1: the same stages on the CPU)
+# make gpu-package   what travels to a machine with a GPU and no network, and the first three commands there
 # make wheel  one wheel for every Python and torch, and the source distribution, into dist
 # make test-noether  the integration tests against releases of emmiai-noether from PyPI, put under build/noether
+# make test-cuda-torch   the library in a torch that is built with CUDA, on a machine without a GPU (gigabytes)
 # make wheel-test   the wheel in fresh environments, with every torch and Python that can be had (gigabytes)
 # Each sets up all that it needs: an environment where torch is importable is used, otherwise .venv is made.
 
@@ -35,7 +37,7 @@ TEST_NEEDS := build/.complete build/.test-packages build/.examples-packages buil
 TEST_NEEDS += $(if $(CI),build/.corpus-packages)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test fuzz fuzz-native test-slow test-corpus bench docs gpu wheel wheel-test test-noether test-sanitizers test-aarch64 lint typecheck format clean help
+.PHONY: demo test fuzz fuzz-native test-slow test-corpus test-cuda-torch bench docs gpu gpu-package wheel wheel-test test-noether test-sanitizers test-aarch64 lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -99,8 +101,17 @@ docs: build/.runnable build/.docs-packages
 	$(PYTHON) -m sphinx -W --keep-going -q docs build/docs
 	@echo "build/docs/index.html"
 
-gpu: build/.complete build/.test-packages build/.bench-packages
+# With a library that was built elsewhere, nothing is built or installed: the machine may have no network.
+ifdef ANCHOR_ATTENTION_LIBRARY
+gpu: export PYTHONPATH := python
+gpu:
+else
+gpu: build/.complete build/.gpu-packages
+endif
 	$(PYTHON) -m benchmarks.gpu $(if $(DRY_RUN),--device cpu --quick) $(GPU_ARGS)
+
+gpu-package: build/.complete
+	$(PYTHON) -m benchmarks.gpu.package
 
 wheel: build/.tools build/.wheel-packages
 	$(PYTHON) scripts/build_wheel.py dist
@@ -113,6 +124,9 @@ wheel-test: wheel
 NOETHER_VERSIONS ?= 1.1.0 2.0.0 2026.4.0
 test-noether: build/.runnable build/.test-packages
 	$(PYTHON) scripts/noether_versions.py $(NOETHER_VERSIONS)
+
+test-cuda-torch: build/.complete
+	PYTHONPATH=python $(PYTHON) -m tools.cuda_torch
 
 # Neither needs torch; both need CMake.
 test-sanitizers:

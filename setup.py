@@ -27,7 +27,8 @@ class CMakeBuild(build_ext):
         build_directory = Path(os.environ.get("ANCHOR_ATTENTION_BUILD_DIRECTORY", ROOT / "build" / "cmake"))
         package_directory = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         options = [f"-DPython3_EXECUTABLE={sys.executable}"]
-        for name in ("ANCHOR_ATTENTION_CUDA", "ANCHOR_ATTENTION_CUDA_ARCHS", "ANCHOR_ATTENTION_SANITIZE"):
+        for what in ("CUDA", "CUDA_ARCHS", "PTXAS", "SANITIZE"):
+            name = f"ANCHOR_ATTENTION_{what}"
             if name in os.environ:
                 options.append(f"-D{name}={os.environ[name]}")
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))

@@ -51,3 +51,12 @@ set(CUDA_PLAN_SOURCES
   csrc/kernels/cuda/sm90/plan_backward.cpp
   csrc/kernels/cuda/sm90/plan_detail.cpp
   csrc/kernels/cuda/sm90/plan_forward.cpp)
+
+# What executes the plans through the driver, and torch's part of it.
+set(CUDA_HOST_SOURCES
+  csrc/host/cuda.cpp
+  csrc/kernels/cuda/attention.cpp
+  csrc/kernels/cuda/device.cpp
+  csrc/kernels/cuda/driver.cpp
+  csrc/kernels/cuda/launch.cpp
+  csrc/kernels/cuda/tensor_map_encoder.cpp)

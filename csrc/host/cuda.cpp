@@ -1,4 +1,3 @@
-#include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,10 +16,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace anchor_attention {
 namespace {
 
-void check_cuda(cudaError_t error, const char* operation) {
-  check(error == cudaSuccess, operation, " failed on the GPU: ", cudaGetErrorString(error));
-}
-
 using StreamOfDevice = decltype(&aoti_torch_get_current_cuda_stream);
 
 // Null in a torch without CUDA. With one, tensors on a GPU exist only after torch has loaded its part for CUDA.
@@ -32,86 +27,82 @@ StreamOfDevice find_stream_of_device() {
              : reinterpret_cast<StreamOfDevice>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
 }
 
-cudaStream_t current_stream(int32_t device) {
+CUstream current_stream(int32_t device) {
   static const StreamOfDevice stream_of_device = find_stream_of_device();
   check(stream_of_device != nullptr, "this torch is built without CUDA");
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(stream_of_device(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-int attribute(cudaDeviceAttr name, int device) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
-  return value;
-}
-
-// The generation of kernels for a device, among those that were compiled.
-cuda::Generation generation_of(int major) {
-  const cuda::Generation newest = cuda::generation_of(major, std::getenv("ANCHOR_ATTENTION_CUDA_KERNELS"));
-#ifdef ANCHOR_ATTENTION_WITH_SM90
-  return newest;
-#else
-  return newest == cuda::Generation::sm90 ? cuda::Generation::sm80 : newest;
-#endif
+  return static_cast<CUstream>(stream);
 }
 
 // Makes the tensor's device current, finds its stream, and turns away GPUs that the kernels were not built for.
 class Context {
  public:
   explicit Context(const Tensor& like)
-      : device_(like.get_device_index()),
-        guard_(device_),
-        stream_(current_stream(device_)),
-        major_(attribute(cudaDevAttrComputeCapabilityMajor, device_)) {
-    check(major_ >= 8, "the GPU is too old: compute capability 8.0 (Ampere) is needed, cuda:", device_, " has ", major_,
-          ".", attribute(cudaDevAttrComputeCapabilityMinor, device_));
+      : like_(like),
+        index_(like.get_device_index()),
+        guard_(index_),
+        stream_(current_stream(index_)),
+        target_{cuda::device(index_), stream_} {
+    const cuda::Device& device = target_.device;
+    check(device.major() >= 8, "the GPU is too old: compute capability 8.0 (Ampere) is needed, cuda:", index_, " has ",
+          device.major(), ".", device.minor());
   }
 
-  cudaStream_t stream() const { return stream_; }
-  cuda::Options options(bool allow_tf32) const {
-    return {.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device_),
-            .allow_tf32 = allow_tf32,
-            .generation = generation_of(major_)};
+  const cuda::Target& target() const { return target_; }
+
+  // From torch's caching allocator, which orders reuse by the stream and keeps what a graph has captured.
+  void* allocate(int64_t bytes) {
+    workspace_ = torch::stable::new_empty(like_, {bytes}, torch::headeronly::ScalarType::Byte);
+    return workspace_.mutable_data_ptr();
   }
 
  private:
-  int32_t device_;
+  const Tensor& like_;
+  int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_;
-  int major_;
+  CUstream stream_;
+  cuda::Target target_;
+  Tensor workspace_;
 };
 
-// From torch's caching allocator, which orders reuse by the stream and keeps what a graph has captured.
-Tensor workspace(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
+cuda::Options options(bool allow_tf32) {
+  return {.allow_tf32 = allow_tf32, .pinned_kernels = std::getenv("ANCHOR_ATTENTION_CUDA_KERNELS")};
+}
+
+// Names the operation that the driver refused.
+template <class Run>
+void on_gpu(const char* operation, const Tensor& like, const Run& run) {
+  try {
+    Context context(like);
+    run(context);
+  } catch (const cuda::DriverError& error) {
+    check(false, operation, " failed on the GPU: ", error.what());
+  }
 }
 
 }  // namespace
 
 void Cuda::attention(const AttentionParams& params, const Tensor& like, bool allow_tf32) {
-  const Context context(like);
-  const cuda::Options options = context.options(allow_tf32);
-  Tensor memory = workspace(like, cuda::attention_forward_workspace_bytes(params, options));
-  check_cuda(cuda::attention_forward(params, options, memory.mutable_data_ptr(), context.stream()), "attention");
+  on_gpu("attention", like, [&](Context& context) {
+    cuda::attention_forward(params, options(allow_tf32), context.target(),
+                            [&](int64_t bytes) { return context.allocate(bytes); });
+  });
 }
 
 void Cuda::attention_backward(const AttentionBackwardParams& params, const Tensor& like, bool allow_tf32) {
-  const Context context(like);
-  const cuda::Options options = context.options(allow_tf32);
-  Tensor memory = workspace(like, cuda::attention_backward_workspace_bytes(params, options));
-  check_cuda(cuda::attention_backward(params, options, memory.mutable_data_ptr(), context.stream()),
-             "attention_backward");
+  on_gpu("attention_backward", like, [&](Context& context) {
+    cuda::attention_backward(params, options(allow_tf32), context.target(),
+                             [&](int64_t bytes) { return context.allocate(bytes); });
+  });
 }
 
 void Cuda::rope(const RopeParams& params, const Tensor& like) {
-  const Context context(like);
-  check_cuda(cuda::rope(params, context.stream()), "rope");
+  on_gpu("rope", like, [&](Context& context) { cuda::rope(params, context.target()); });
 }
 
 void Cuda::rope_backward(const RopeBackwardParams& params, const Tensor& like) {
-  const Context context(like);
-  check_cuda(cuda::rope_backward(params, context.stream()), "rope_backward");
+  on_gpu("rope_backward", like, [&](Context& context) { cuda::rope_backward(params, context.target()); });
 }
 
 }  // namespace anchor_attention

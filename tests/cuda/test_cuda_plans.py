@@ -170,6 +170,31 @@ def test_plans_do_not_depend_on_anything_else() -> None:
     assert [launch.params for launch in first.launches] == [launch.params for launch in second.launches]
 
 
+@pytest.mark.parametrize("generation", ["sm80", "sm90"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_plan_may_get_its_workspace_later(generation: str, seed: int) -> None:
+    """It then says what a plan says that was made with it, to the bit."""
+    rng = np.random.default_rng(seed)
+    n_queries, n_keys = 30_000, 4000
+    table = random_table(rng, n_queries, n_keys, int(rng.choice([3, 40, 4000])))
+    more = {"q_freqs": _ALIGNED} if seed % 2 else {}
+    # All ones, as a float a NaN, and the smallest numbers: what could be taken for the mark of a missing workspace.
+    scale = [-0.125, float("nan"), -float("nan"), -1e-45, 0.0, -3e38][seed]
+    gradients = {"grad_q": 0} if seed % 3 == 0 else {"grad_q_freqs": 7 * _ALIGNED} if more else {}
+    head_dim = [32, 48, 64, 96, 128, 256][seed]
+    sizes = {"n_queries": n_queries, "n_keys": n_keys, "batch": 2, "heads": 3, "head_dim": head_dim}
+    fields = make_fields(table, generation=generation, scale=scale, **(sizes | more | gradients))
+    for workspace in (_ALIGNED, 0x7F12_3456_7800, 0):
+        for make in (plans().plan_attention_forward, plans().plan_attention_backward):
+            at_once = make(fields | {"workspace": workspace})
+            later = make(fields | {"workspace": workspace, "placed_later": True})
+            assert at_once.workspace_bytes == later.workspace_bytes
+            assert len(at_once.launches) == len(later.launches)
+            for one, other in zip(at_once.launches, later.launches, strict=True):
+                assert one.params == other.params
+                assert one.tensor_maps == other.tensor_maps
+
+
 @pytest.mark.parametrize("head_dim", [0, 4, 12, 63, 264])
 def test_unsupported_head_dim(head_dim: int) -> None:
     with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8 between 8 and 256 on CUDA, got {head_dim}"):

@@ -117,10 +117,20 @@ aa::RopeParams rope_params(const py::dict& fields) {
   return p;
 }
 
+// A plan for the given workspace; with `placed_later` one that was made without and then got it.
+aa::cuda::Plan planned(const py::dict& fields, const auto& plan_with) {
+  void* workspace = pointer(fields, "workspace");
+  if (!field(fields, "placed_later", false)) return plan_with(workspace);
+  aa::cuda::Plan plan = plan_with(aa::cuda::kNoWorkspaceYet);
+  aa::cuda::place_workspace(plan, workspace);
+  return plan;
+}
+
 aa::cuda::Plan plan_attention_forward(const py::dict& fields) {
   const aa::KeyRangeTable table = table_of(fields);
-  return aa::cuda::plan_attention_forward(attention_params(fields, table), options(fields),
-                                          pointer(fields, "workspace"));
+  return planned(fields, [&](void* workspace) {
+    return aa::cuda::plan_attention_forward(attention_params(fields, table), options(fields), workspace);
+  });
 }
 
 aa::cuda::Plan plan_attention_backward(const py::dict& fields) {
@@ -134,7 +144,8 @@ aa::cuda::Plan plan_attention_backward(const py::dict& fields) {
   p.grad_k = pointer(fields, "grad_k");
   p.grad_v = pointer(fields, "grad_v");
   p.grad_q_freqs = pointer(fields, "grad_q_freqs");
-  return aa::cuda::plan_attention_backward(p, options(fields), pointer(fields, "workspace"));
+  return planned(fields,
+                 [&](void* workspace) { return aa::cuda::plan_attention_backward(p, options(fields), workspace); });
 }
 
 // Words and sizes of a schedule of the sm_90 backward.

@@ -4,29 +4,38 @@
 #include "kernels/cuda/plan.h"
 
 namespace anchor_attention::cuda {
+namespace {
 
-int64_t attention_forward_workspace_bytes(const AttentionParams& params, const Options& options) {
-  return plan_attention_forward(params, options, nullptr).workspace_bytes;
+PlanOptions plan_options(const Options& options, const Device& device) {
+  Generation newest = generation_of(device.major(), options.pinned_kernels);
+  if (!is_compiled(newest)) newest = Generation::sm80;
+  return {.multiprocessors = device.multiprocessors(),
+          .allow_tf32 = options.allow_tf32,
+          .generation = newest,
+          .deterministic = options.deterministic};
 }
 
-int64_t attention_backward_workspace_bytes(const AttentionBackwardParams& params, const Options& options) {
-  return plan_attention_backward(params, options, nullptr).workspace_bytes;
+void run(Plan plan, const Target& target, const Allocate& allocate) {
+  if (plan.workspace_bytes > 0) place_workspace(plan, allocate(plan.workspace_bytes));
+  launch(plan, target.device, target.stream);
 }
 
-cudaError_t attention_forward(const AttentionParams& params, const Options& options, void* workspace,
-                              cudaStream_t stream) {
-  return launch(plan_attention_forward(params, options, workspace), stream);
+void run(Plan plan, const Target& target) { launch(plan, target.device, target.stream); }
+
+}  // namespace
+
+void attention_forward(const AttentionParams& params, const Options& options, const Target& target,
+                       const Allocate& allocate) {
+  run(plan_attention_forward(params, plan_options(options, target.device), kNoWorkspaceYet), target, allocate);
 }
 
-cudaError_t attention_backward(const AttentionBackwardParams& params, const Options& options, void* workspace,
-                               cudaStream_t stream) {
-  return launch(plan_attention_backward(params, options, workspace), stream);
+void attention_backward(const AttentionBackwardParams& params, const Options& options, const Target& target,
+                        const Allocate& allocate) {
+  run(plan_attention_backward(params, plan_options(options, target.device), kNoWorkspaceYet), target, allocate);
 }
 
-cudaError_t rope(const RopeParams& params, cudaStream_t stream) { return launch(plan_rope(params), stream); }
+void rope(const RopeParams& params, const Target& target) { run(plan_rope(params), target); }
 
-cudaError_t rope_backward(const RopeBackwardParams& params, cudaStream_t stream) {
-  return launch(plan_rope_backward(params), stream);
-}
+void rope_backward(const RopeBackwardParams& params, const Target& target) { run(plan_rope_backward(params), target); }
 
 }  // namespace anchor_attention::cuda

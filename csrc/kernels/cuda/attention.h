@@ -1,29 +1,37 @@
-// The way into the CUDA kernels: what params.h describes goes in, with device pointers, and a cudaError_t comes out.
-// Nothing here allocates, waits for the device or reads device memory; all of it can be captured in a graph.
+// The way into the CUDA kernels: what params.h describes goes in, with device pointers.
+// Nothing here waits for the device or reads device memory; all of it can be captured in a graph.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <cstdint>
+#include <functional>
 
 #include "kernels/cuda/common/plan.h"
+#include "kernels/cuda/device.h"
 #include "params.h"
 
 namespace anchor_attention::cuda {
 
-using Options = PlanOptions;
+// Where to run: a device and one of its streams.
+struct Target {
+  const Device& device;
+  CUstream stream;
+};
 
-// Device memory that a call needs beside its outputs, 256-byte aligned, free for reuse once the stream has passed it.
-int64_t attention_forward_workspace_bytes(const AttentionParams& params, const Options& options);
-int64_t attention_backward_workspace_bytes(const AttentionBackwardParams& params, const Options& options);
+struct Options {
+  bool allow_tf32 = false;
+  bool deterministic = true;
+  const char* pinned_kernels = nullptr;  // as `pinned` of generation_of
+};
 
-// The current device must be the one that owns the pointers and the stream. All throw std::invalid_argument for what
-// the kernels do not support, see common/plan.h; the error is that of the first launch that failed.
-cudaError_t attention_forward(const AttentionParams& params, const Options& options, void* workspace,
-                              cudaStream_t stream);
-cudaError_t attention_backward(const AttentionBackwardParams& params, const Options& options, void* workspace,
-                               cudaStream_t stream);
-cudaError_t rope(const RopeParams& params, cudaStream_t stream);
-cudaError_t rope_backward(const RopeBackwardParams& params, cudaStream_t stream);
+// Gives device memory of so many bytes, 256-byte aligned, that is free for reuse once the stream has passed the call.
+using Allocate = std::function<void*(int64_t bytes)>;
+
+// Pointers belong to the target's device. All throw std::invalid_argument for what the kernels do not support, see
+// common/plan.h, and DriverError at the first launch that failed.
+void attention_forward(const AttentionParams& params, const Options& options, const Target& target,
+                       const Allocate& allocate);
+void attention_backward(const AttentionBackwardParams& params, const Options& options, const Target& target,
+                        const Allocate& allocate);
+void rope(const RopeParams& params, const Target& target);
+void rope_backward(const RopeBackwardParams& params, const Target& target);
 
 }  // namespace anchor_attention::cuda

@@ -1,13 +1,13 @@
 // Executes plans.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include "kernels/cuda/common/plan.h"
+#include "kernels/cuda/device.h"
 
 namespace anchor_attention::cuda {
 
-// Starts the launches of `plan` on `stream`, in order, up to the first error.
-cudaError_t launch(const Plan& plan, cudaStream_t stream);
+// Starts the launches of `plan` on `stream` of `device`, in order. Encodes tensor maps into the plan's parameters.
+// Throws DriverError at the first launch that fails.
+void launch(Plan& plan, const Device& device, CUstream stream);
 
 }  // namespace anchor_attention::cuda

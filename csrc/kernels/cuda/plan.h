@@ -6,7 +6,7 @@
 namespace anchor_attention::cuda {
 
 // Pointers of `params` are device pointers, its table is in host memory and read here only. `workspace` is device
-// memory, 256-byte aligned, of the plan's `workspace_bytes`, which do not depend on it: plan with null to learn them.
+// memory, 256-byte aligned, of the plan's `workspace_bytes`, which do not depend on it, or kNoWorkspaceYet.
 // Throws std::invalid_argument for what the kernels do not support: float64, a head_dim that is not a multiple of 8 or
 // exceeds 256, outputs that are not 16-byte aligned, more than 2^31 - 1 blocks. What the kernels of `generation` do not
 // take, those of an earlier one do.

@@ -1,4 +1,5 @@
-// Addresses of the memory-bound kernels. Each is defined by one file of instantiations/.
+// How the files of instantiations/ ask for the memory-bound kernels: each function names one, which the compiler then
+// makes. Nobody calls them: the host launches kernels by name, through the driver.
 #pragma once
 
 #include "kernels/cuda/common/config.h"

@@ -65,6 +65,13 @@ struct PlanOptions {
   bool deterministic = true;                 // the same bits in every run; otherwise sums may be added in any order
 };
 
+// Stands for the workspace in a plan that is made before it is allocated. No pointer, stride or float that a plan holds
+// begins with these 16 bits: not an address that programs have, not a count, and a NaN of its own as a float.
+inline void* const kNoWorkspaceYet = reinterpret_cast<void*>(uintptr_t{0xFFF5} << 48);
+
+// Puts `workspace` in place of kNoWorkspaceYet, wherever the plan points into it.
+void place_workspace(Plan& plan, void* workspace);
+
 // Of every generation; arguments as in kernels/cuda/plan.h.
 Plan plan_rope(const RopeParams& params);
 Plan plan_rope_backward(const RopeBackwardParams& params);

@@ -30,6 +30,26 @@ Generation generation_of(int major, const char* pinned) {
   return major == 9 && kernels == "" ? Generation::sm90 : Generation::sm80;
 }
 
+void place_workspace(Plan& plan, void* workspace) {
+  const auto unplaced = reinterpret_cast<uintptr_t>(kNoWorkspaceYet);
+  const uintptr_t moved = reinterpret_cast<uintptr_t>(workspace) - unplaced;
+  const auto is_unplaced = [&](uintptr_t word) { return word >> 48 == unplaced >> 48; };
+  for (LaunchPlan& launch : plan.launches) {
+    // Pointers lie at multiples of their size.
+    for (size_t i = 0; i + sizeof(uintptr_t) <= launch.params.size(); i += sizeof(uintptr_t)) {
+      uintptr_t word;
+      std::memcpy(&word, &launch.params[i], sizeof(word));
+      if (!is_unplaced(word)) continue;
+      word += moved;
+      std::memcpy(&launch.params[i], &word, sizeof(word));
+    }
+    for (TensorMapPlan& map : launch.tensor_maps) {
+      const auto address = reinterpret_cast<uintptr_t>(map.address);
+      if (is_unplaced(address)) map.address = reinterpret_cast<const void*>(address + moved);
+    }
+  }
+}
+
 Precision precision_of(ScalarType dtype, bool allow_tf32) {
   switch (dtype) {
     case ScalarType::bfloat16:

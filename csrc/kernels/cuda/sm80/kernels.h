@@ -1,4 +1,5 @@
-// Addresses of the attention kernels. Each is defined by one file of instantiations/.
+// How the files of instantiations/ ask for the attention kernels: each function names one, which the compiler then
+// makes. Nobody calls them: the host launches kernels by name, through the driver.
 #pragma once
 
 #include "kernels/cuda/common/kernels.h"
@@ -15,8 +16,5 @@ const void* backward_query_kernel();
 
 template <class P, int kHeadDim, KeyGradients kGradients>
 const void* backward_key_kernel();
-
-// Null for what there is no kernel of.
-const void* attention_kernel(const KernelId& kernel);
 
 }  // namespace anchor_attention::sm80

@@ -1,4 +1,5 @@
-// Addresses of the sm_90a kernels. Each is defined by one file of instantiations/.
+// How the files of instantiations/ ask for the sm_90a kernels: each function names one, which the compiler then makes.
+// Nobody calls them: the host launches kernels by name, through the driver.
 #pragma once
 
 #include "kernels/cuda/common/kernels.h"
@@ -20,8 +21,5 @@ const void* backward_kernel();
 
 template <class P, int kHeadDim>
 const void* query_gradient_kernel();
-
-// Null for what there is no kernel of.
-const void* attention_kernel(const cuda::KernelId& kernel);
 
 }  // namespace anchor_attention::sm90

@@ -1,0 +1,62 @@
+// What is known of a GPU, and the kernels that it has loaded.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+#include "kernels/cuda/common/plan.h"
+#include "kernels/cuda/driver.h"
+
+namespace anchor_attention::cuda {
+
+struct LoadedKernel {
+  CUkernel handle = nullptr;
+  uint32_t shared_bytes = 0;  // that a block may ask for
+};
+
+class Device {
+ public:
+  explicit Device(int ordinal);
+
+  int major() const { return major_; }
+  int minor() const { return minor_; }
+  int multiprocessors() const { return multiprocessors_; }
+  CUcontext context() const { return context_; }
+
+  // The kernel, ready for a launch with so much dynamic shared memory: loaded by its first use, and told once of more
+  // than the default. Throws DriverError.
+  CUkernel kernel(const KernelId& id, uint32_t shared_bytes) const;
+
+ private:
+  LoadedKernel load(const KernelId& id) const;
+
+  CUdevice handle_ = 0;
+  CUcontext context_ = nullptr;  // the one that torch and the CUDA runtime use
+  int major_ = 0;
+  int minor_ = 0;
+  int multiprocessors_ = 0;
+  mutable std::mutex mutex_;
+  mutable std::unordered_map<uint32_t, LoadedKernel> kernels_;
+};
+
+// By the number that torch gives it; kept for the life of the process. Throws DriverError.
+const Device& device(int ordinal);
+
+// Whether kernels of the generation were compiled in.
+bool is_compiled(Generation generation);
+
+// While it lives, the device's context is the thread's: a thread that torch has not launched from may have none.
+class CurrentContext {
+ public:
+  explicit CurrentContext(const Device& device);
+  ~CurrentContext();
+  CurrentContext(const CurrentContext&) = delete;
+  CurrentContext& operator=(const CurrentContext&) = delete;
+
+ private:
+  bool pushed_ = false;
+};
+
+}  // namespace anchor_attention::cuda
