@@ -17,7 +17,7 @@ from ..machine import environment
 from ..report import ENVIRONMENT
 from .stages import write_json
 
-PEER_PACKAGES = ("flash_attn_interface", "flash_attn", "xformers", "magi_attention", "triton")
+PEER_PACKAGES = ("flash_attn.cute", "flash_attn_interface", "flash_attn", "xformers", "magi_attention", "triton")
 SMI_FIELDS = ("name", "driver_version", "pstate", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
 
 
@@ -27,7 +27,7 @@ def describe(device: str) -> dict[str, Any]:
     result = environment(torch.get_num_threads()) | {
         "library": {"file": library.name, "sha256": hashlib.sha256(library.read_bytes()).hexdigest()},
         "torch_cuda": torch.version.cuda,
-        "peers": {name: importlib.util.find_spec(name) is not None for name in PEER_PACKAGES},
+        "peers": {name: _is_installed(name) for name in PEER_PACKAGES},
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -41,6 +41,13 @@ def describe(device: str) -> dict[str, Any]:
             "nvidia_smi": _smi(),
         }
     return result
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the package that it would be part of
+        return False
 
 
 def _smi() -> dict[str, str]:

@@ -26,7 +26,11 @@ BACKENDS = {
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 SM80 = "anchor_attention_sm80"
-LIBRARIES = {"flash_attention_3": "flash_attn_interface", "flash_attention_2": "flash_attn"}
+LIBRARIES = {
+    "flash_attention_4": "flash_attn.cute",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_2": "flash_attn",
+}
 
 
 def with_backend(backend: SDPBackend, contestant: Contestant) -> Contestant:

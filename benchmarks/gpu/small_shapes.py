@@ -17,9 +17,9 @@ from torch import Tensor
 
 from anchor_attention import KeyRangeTable, anchor_attention
 
+from .small_shape_sizes import HEAD_DIMS, QUICK_HEAD_DIMS
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Native widths and one between two of them; the widest take other paths of the backward.
-HEAD_DIMS, QUICK_HEAD_DIMS = (32, 40, 64, 128, 256), (64, 128)
 N_QUERIES, N_KEYS, BATCH, HEADS = 150, 140, 2, 2
 DIFFERENTIABLE = ("q", "k", "v", "q_freqs", "k_freqs")
 TABLES = {
@@ -120,17 +120,21 @@ def main() -> int:
     command = argparse.ArgumentParser(prog="python -m benchmarks.gpu.small_shapes", description=__doc__)
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     command.add_argument("--quick", action="store_true", help="fewer head dimensions")
+    command.add_argument("--head-dims", nargs="+", type=int, default=[], help="these only")
     arguments = command.parse_args()
     torch.manual_seed(0)
     failures = 0
-    head_dims = QUICK_HEAD_DIMS if arguments.quick else HEAD_DIMS
+    head_dims = arguments.head_dims or (QUICK_HEAD_DIMS if arguments.quick else HEAD_DIMS)
     for dtype, head_dim, (name, table) in itertools.product(DTYPES, head_dims, TABLES.items()):
+        # Before it runs: a case that takes the GPU with it is the last one named.
+        case = f"{dtype}, head_dim {head_dim}, {name}"
+        print(f"next: {case}", flush=True)
         error, which = worst_error(make_call(dtype, head_dim, arguments.device), table)
         bound = EPSILONS[dtype] * torch.finfo(dtype).eps
         right = error <= bound
         failures += not right
         verdict = "right" if right else "WRONG"
-        print(f"{verdict}: {dtype}, head_dim {head_dim}, {name}: {which} is off by {error:.1e}, allowed {bound:.1e}")
+        print(f"{verdict}: {case}: {which} is off by {error:.1e}, allowed {bound:.1e}", flush=True)
     print(f"{failures} wrong")
     return int(failures > 0)
 

@@ -168,7 +168,9 @@ def run(arguments: argparse.Namespace) -> int:
         if time.monotonic() - begin > arguments.seconds:
             print(f"the time is spent: {len(cases) - i} of {len(cases)} cases are not measured")
             break
+        # Before it runs: a case that takes the GPU with it is the last one named.
         label = f"{case.level} {case.workload.name} {case.pattern} {case.dtype} {case.passes}"
+        print(f"next: {label}", flush=True)
         try:
             record = measure(case, peers, rounds, arguments.device)
         except RuntimeError as error:

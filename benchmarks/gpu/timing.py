@@ -11,8 +11,10 @@ from anchor_attention.benchmark.timing import cuda_seconds, wall_seconds
 
 T = TypeVar("T")
 
-# Many times the level-2 cache of any GPU yet: clearing it also keeps the GPU busy while the host launches the call.
+# Many times the level-2 cache of any GPU yet.
 FLUSH_BYTES = 2**30
+# About a millisecond in which the GPU waits: the host launches meanwhile all that a call consists of.
+WAIT_CYCLES = 2_000_000
 
 
 def interleave_cold(
@@ -32,6 +34,12 @@ def interleave_cold(
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+
+    def occupy() -> None:
+        if flushed is not None:
+            flushed.zero_()
+            torch.cuda._sleep(WAIT_CYCLES)
+
     for i in range(rounds):
         first = i % len(names)
         for name in names[first:] + names[:first]:
@@ -39,7 +47,7 @@ def interleave_cold(
             seconds[name].append(
                 wall_seconds(contestants[name], chosen)
                 if flushed is None
-                else cuda_seconds(contestants[name], chosen, flushed.zero_)
+                else cuda_seconds(contestants[name], chosen, occupy)
             )
     return seconds
 

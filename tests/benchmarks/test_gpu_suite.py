@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gpu import __main__ as command_line
-from benchmarks.gpu import report, small_shapes, table
+from benchmarks.gpu import package, report, small_shapes, table
 from benchmarks.gpu.peers import LIBRARIES, library_contestant, per_group
+from benchmarks.gpu.small_shape_sizes import HEAD_DIMS
 from benchmarks.gpu.stages import FAILED, MISSING, PASSED, ROOT, STAGES, TIMED_OUT, Stage, run_stages, write_json
 from benchmarks.gpu.summary import CASES, ENVIRONMENT, SUMMARY, write_summary
 from benchmarks.gpu.timing import interleave_cold
@@ -37,7 +39,7 @@ def dry_run(folder: Path, *arguments: str, **variables: str) -> subprocess.Compl
 
 
 def test_a_dry_run_leaves_everything(tmp_path: Path) -> None:
-    stages = ("environment", "small_shapes", "memcheck", "benchmarks", "report")
+    stages = ("environment", "small_shapes_64", "memcheck", "benchmarks", "report")
     result = dry_run(tmp_path, "--stages", *stages)
     assert result.returncode == 0, result.stdout + result.stderr
     names = {path.name for path in tmp_path.iterdir()}
@@ -52,6 +54,10 @@ def test_a_dry_run_leaves_everything(tmp_path: Path) -> None:
     for record in records:
         assert set(record["relative_error"]) == {"anchor_attention", "eager", "sdpa_per_pattern"}
         assert all(len(own) == table.QUICK_ROUNDS for own in record["seconds"].values())
+    with tarfile.open(tmp_path.with_name(f"{tmp_path.name}.tar.gz")) as archive:
+        assert {f"{tmp_path.name}/{name}" for name in names} <= set(archive.getnames())
+    log = (tmp_path / "small_shapes_64.log").read_text().splitlines()
+    assert [line.partition(":")[0] for line in log[:4]] == ["next", "right"] * 2
     page = (tmp_path / SUMMARY).read_text()
     assert page in result.stdout and page.startswith("# 1 of 2 checks ran, and passed")
 
@@ -59,10 +65,42 @@ def test_a_dry_run_leaves_everything(tmp_path: Path) -> None:
 def test_a_library_that_cannot_be_loaded_fails_the_suite_but_not_its_summary(tmp_path: Path) -> None:
     write_json(tmp_path / ENVIRONMENT, {"device": "the one before"})
     missing = str(tmp_path / "elsewhere.so")
-    result = dry_run(tmp_path, "--stages", "environment", "small_shapes", ANCHOR_ATTENTION_LIBRARY=missing)
+    result = dry_run(tmp_path, "--stages", "environment", "small_shapes_64", ANCHOR_ATTENTION_LIBRARY=missing)
     assert result.returncode == 1
-    assert "FAILED: small_shapes" in result.stdout and "Environment: not measured" in result.stdout
-    assert "elsewhere.so is missing" in (tmp_path / "small_shapes.log").read_text()
+    assert "FAILED: small_shapes_64" in result.stdout and "Environment: not measured" in result.stdout
+    assert "elsewhere.so is missing" in (tmp_path / "small_shapes_64.log").read_text()
+
+
+@pytest.mark.parametrize("option", ["--kernel-name", "--kernel-regex", "--filter", ""])
+def test_sanitizers_check_our_kernels_only(option: str, tmp_path: Path) -> None:
+    sanitizer = tmp_path / "compute-sanitizer"
+    sanitizer.write_text(f"#!/bin/sh\necho '  --tool arg  {option} arg'\n")
+    sanitizer.chmod(0o755)
+    expected = (option, "kns=anchor_attention") if option else ()
+    assert command_line.sanitizer_filter(str(sanitizer)) == expected
+
+
+def test_what_travels_to_a_gpu_is_the_library_and_must_be_small(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = b"upload.sm_80.cubin"
+    mark = b"anchor-attention-gpu-code" + len(image).to_bytes(8, "little") + (4).to_bytes(8, "little") + image
+    library = tmp_path / "library.so"
+    library.write_bytes(bytes(64) + mark.ljust(128, b"\0") + b"code" + bytes(100_000))
+    command = ["package", str(tmp_path / "folder"), "--library", str(library)]
+    monkeypatch.setattr(sys, "argv", command)
+    package.main()
+    printed = capsys.readouterr().out
+    assert "GPU code for sm_80" in printed and printed.count("python3 -m benchmarks.gpu --minutes") == 3
+    assert (tmp_path / "folder" / package.LIBRARY).read_bytes() == library.read_bytes()
+    known = {stage.name for stage in command_line.suite("cuda", False, tmp_path)}
+    assert {name for _, stages, _ in package.CALLS for name in stages.split()} <= known
+    monkeypatch.setattr(sys, "argv", [*command, "--limit-mib", "1"])
+    with pytest.raises(SystemExit, match="too large to travel"):
+        package.main()
+    library.write_bytes(b"no code")
+    with pytest.raises(SystemExit, match="holds no GPU code"):
+        package.main()
 
 
 def test_a_stage_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
@@ -147,7 +185,9 @@ def test_the_suite_has_every_check_on_either_device(device: str, tmp_path: Path)
     stages = {stage.name: stage for stage in command_line.suite(device, False, tmp_path)}
     checks = {name for name, stage in stages.items() if stage.decides}
     tests = {"correctness", "primitives", "instructions"}
-    assert checks == {"small_shapes", "small_shapes_sm80", *tests, *command_line.SANITIZERS}
+    sizes = {f"small_shapes_{size}" for size in HEAD_DIMS}
+    assert checks == {*sizes, "small_shapes_sm80", *tests, "memcheck", "synccheck"} and "racecheck" in stages
+    assert {32, 48, 64, 96, 128, 256} <= set(HEAD_DIMS)
     assert list(stages)[-2:] == ["benchmarks", "report"]
     for stage in stages.values():
         for argument in stage.command:
