@@ -2,8 +2,7 @@
 
 The driver is a stand-in that answers at once, so that what is timed is everything but the driver's own work: planning,
 tensor maps, the allocation of the workspace by torch, the stream, the device guard. Short batches of calls are timed
-many times; the least is what a batch takes that nothing interrupted. Writes
-``benchmarks/results/emulated/cuda_host.json``.
+many times; the least is what a batch takes that nothing interrupted. Writes one file, which ``--out`` names.
 """
 
 from __future__ import annotations
