@@ -88,9 +88,9 @@ def special(rng: random.Random) -> str:
     for _ in range(rng.randint(1, 3) if tensor.numel() else 0):
         tensor[tuple(rng.randrange(size) for size in tensor.shape)] = value
     out, expected = fused(inputs)[0], reference(inputs.to(torch.float64))[0]
-    assert torch.equal(out.isnan(), expected.isnan()), "NaN at other places"
-    assert torch.equal(out.isinf(), expected.isinf()), "infinities at other places"
+    # Infinity or NaN: a probability that is 0 in float32 need not be 0 in float64, and 0 · ∞ is NaN.
     finite = expected.isfinite()
+    assert torch.equal(out.isfinite(), finite), "NaN or infinity at other places"
     torch.testing.assert_close(
         out[finite].double(), expected[finite], rtol=0, atol=0.1 if dtype.itemsize == 2 else 1e-3
     )
