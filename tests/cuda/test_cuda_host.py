@@ -93,6 +93,14 @@ def test_a_thread_keeps_its_context(context: int) -> None:
     assert launch[5] == "0xc003" and after == (context or None)
 
 
+def test_the_first_call_may_be_part_of_a_capture() -> None:
+    """Kernels are loaded then, too; what the thread may do otherwise during a capture stays as it was."""
+    code = "answer = [driver.set_capturing(1), attention(2, 1024, 1024, 3, 64), driver.capture_mode_of_thread()]"
+    _, time, mode = run(code)
+    assert isinstance(time, float), time
+    assert mode == 0
+
+
 def test_what_a_call_finds_out_is_kept_for_the_next() -> None:
     """Images, attributes of kernels and tensor maps of the same memory."""
     counts = "[driver.loaded_images(), driver.attributes_set(), driver.encoded_maps()]"

@@ -8,6 +8,7 @@
 #include <set>
 #include <sstream>
 #include <string>
+#include <utility>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -16,6 +17,7 @@ namespace {
 struct Kernel {
   std::string name;
   std::map<CUdevice, int> shared_limits;
+  bool loaded = false;  // by its first launch
 };
 
 struct {
@@ -24,6 +26,7 @@ struct {
   int minor = 0;
   CUresult launch_result = CUDA_SUCCESS;
   bool quiet = false;
+  bool capturing = false;
   int encoded_maps = 0;
   int attributes_set = 0;
   int loaded_images = 0;
@@ -32,6 +35,11 @@ struct {
 
 thread_local CUcontext current_context = nullptr;
 thread_local CUcontext context_below = nullptr;
+
+thread_local CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
+
+// As drivers before CUDA 12.3.
+bool may_load() { return !gpu.capturing || capture_mode == CU_STREAM_CAPTURE_MODE_RELAXED; }
 
 CUcontext primary_context(CUdevice device) {
   return reinterpret_cast<CUcontext>(static_cast<intptr_t>(0xC000 + device));
@@ -71,10 +79,16 @@ EXPORT int loaded_images() { return gpu.loaded_images; }
 EXPORT void* context_of_thread() { return current_context; }
 EXPORT void set_context_of_thread(void* context) { current_context = static_cast<CUcontext>(context); }
 
+EXPORT void set_capturing(int capturing) { gpu.capturing = capturing != 0; }
+EXPORT int capture_mode_of_thread() { return capture_mode; }
+
 EXPORT CUresult cuDriverGetVersion(int* version) { return *version = gpu.version, CUDA_SUCCESS; }
 EXPORT CUresult cuGetErrorString(CUresult error, const char** text) {
   *text = error == CUDA_ERROR_LAUNCH_FAILED ? "unspecified launch failure" : "refused";
   return CUDA_SUCCESS;
+}
+EXPORT CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+  return std::swap(*mode, capture_mode), CUDA_SUCCESS;
 }
 EXPORT CUresult cuDeviceGet(CUdevice* device, int ordinal) { return *device = ordinal, CUDA_SUCCESS; }
 EXPORT CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice) {
@@ -97,6 +111,7 @@ EXPORT CUresult cuCtxPopCurrent(CUcontext* context) {
 }
 EXPORT CUresult cuLibraryLoadData(CUlibrary* library, const void* code, CUjit_option*, void**, unsigned int,
                                   CUlibraryOption*, void**, unsigned int) {
+  if (!may_load()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   ++gpu.loaded_images;
   *library = static_cast<CUlibrary>(const_cast<void*>(code));
   return check_image(static_cast<const char*>(code));
@@ -131,6 +146,8 @@ EXPORT CUresult cuLaunchKernel(CUfunction function, unsigned grid, unsigned, uns
                                unsigned, unsigned shared_bytes, CUstream stream, void** arguments, void** extra) {
   if (arguments == nullptr || arguments[0] == nullptr || extra != nullptr) return CUDA_ERROR_INVALID_VALUE;
   auto& kernel = *reinterpret_cast<Kernel*>(function);
+  if (!kernel.loaded && !may_load()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  kernel.loaded = true;
   const CUdevice device = static_cast<CUdevice>(reinterpret_cast<intptr_t>(current_context) - 0xC000);
   const auto limit = kernel.shared_limits.find(device);
   if (shared_bytes > static_cast<unsigned>(limit == kernel.shared_limits.end() ? 48 * 1024 : limit->second)) {

@@ -45,11 +45,11 @@ CUlibrary library_of(const DeviceImage& image) {
   static std::mutex mutex;
   static std::unordered_map<const DeviceImage*, CUlibrary> loaded;
   const std::lock_guard lock(mutex);
-  CUlibrary& library = loaded[&image];
-  if (library == nullptr) {
-    check_driver(driver().library_load_data(&library, image.data, nullptr, nullptr, 0, nullptr, nullptr, 0),
-                 "cuLibraryLoadData");
-  }
+  if (const auto found = loaded.find(&image); found != loaded.end()) return found->second;
+  CUlibrary library = nullptr;
+  check_driver(driver().library_load_data(&library, image.data, nullptr, nullptr, 0, nullptr, nullptr, 0),
+               "cuLibraryLoadData");
+  loaded.emplace(&image, library);
   return library;
 }
 
@@ -130,5 +130,12 @@ CurrentContext::~CurrentContext() {
   CUcontext popped = nullptr;
   if (pushed_) driver().context_pop(&popped);
 }
+
+// Each exchange leaves the thread's mode from before in `mode_`.
+AllowedDuringCapture::AllowedDuringCapture() {
+  check_driver(driver().exchange_capture_mode(&mode_), "cuThreadExchangeStreamCaptureMode");
+}
+
+AllowedDuringCapture::~AllowedDuringCapture() { driver().exchange_capture_mode(&mode_); }
 
 }  // namespace anchor_attention::cuda

@@ -59,4 +59,17 @@ class CurrentContext {
   bool pushed_ = false;
 };
 
+// While it lives, the thread may do what a capture into a graph forbids, whichever stream is captured: drivers before
+// CUDA 12.3 load no kernel during one otherwise.
+class AllowedDuringCapture {
+ public:
+  AllowedDuringCapture();
+  ~AllowedDuringCapture();
+  AllowedDuringCapture(const AllowedDuringCapture&) = delete;
+  AllowedDuringCapture& operator=(const AllowedDuringCapture&) = delete;
+
+ private:
+  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
+};
+
 }  // namespace anchor_attention::cuda

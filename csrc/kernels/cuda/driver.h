@@ -20,7 +20,8 @@ struct DriverError : std::runtime_error {
               apply(context_push, cuCtxPushCurrent) apply(context_pop, cuCtxPopCurrent)                       \
                   apply(library_load_data, cuLibraryLoadData) apply(library_get_kernel, cuLibraryGetKernel)   \
                       apply(kernel_set_attribute, cuKernelSetAttribute) apply(launch_kernel, cuLaunchKernel)  \
-                          apply(encode_tensor_map, cuTensorMapEncodeTiled)
+                          apply(encode_tensor_map, cuTensorMapEncodeTiled)                                    \
+                              apply(exchange_capture_mode, cuThreadExchangeStreamCaptureMode)
 
 struct Driver {
 #define ANCHOR_ATTENTION_MEMBER(member, function) decltype(&function) member;

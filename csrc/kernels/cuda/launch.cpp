@@ -19,6 +19,7 @@ void start(LaunchPlan& step, const Device& device, CUstream stream) {
 
 void launch(Plan& plan, const Device& device, CUstream stream) {
   const CurrentContext context(device);
+  const AllowedDuringCapture allowed;
   for (LaunchPlan& step : plan.launches) start(step, device, stream);
 }
 

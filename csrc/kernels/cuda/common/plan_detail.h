@@ -58,7 +58,12 @@ void add_launch(Plan& plan, const KernelId& kernel, int64_t n_blocks, int thread
                     static_cast<uint32_t>(shared_bytes),
                     std::vector<std::byte>(sizeof(Params)),
                     std::move(tensor_maps)};
-  std::memcpy(launch.params.data(), &params, sizeof(Params));
+  Params own = params;
+#if __has_builtin(__builtin_clear_padding)
+  // What lay in memory before must not look like kNoWorkspaceYet.
+  __builtin_clear_padding(&own);
+#endif
+  std::memcpy(launch.params.data(), &own, sizeof(Params));
   plan.launches.push_back(std::move(launch));
 }
 
