@@ -27,7 +27,7 @@ from anchor_attention.benchmark.peers import OURS
 from anchor_attention.benchmark.timing import quartiles
 
 from .inputs import make_module, make_module_inputs, real_tokens, scores_per_head
-from .machine import REGISTER_CEILINGS, register_ceiling
+from .machine import REGISTER_CEILINGS, matmul, register_ceiling
 from .peers import MODULE_PEERS, module_contestant
 from .workloads import Workload
 
@@ -131,8 +131,12 @@ def time_case(
     }
     ceilings: dict[str, float] = {}
     if case.level == OPERATION:
-        factors = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=device).to(DTYPES[case.dtype])
-        contestants[MATMUL], ceilings[MATMUL] = lambda _: (factors[0] @ factors[1],), 2.0 * MATMUL_SIZE**3
+        if device == "cpu":
+            with suppress(NotSupportedError):
+                contestants[MATMUL], ceilings[MATMUL] = matmul(DTYPES[case.dtype], MATMUL_SIZE)
+        else:
+            factors = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, device=device).to(DTYPES[case.dtype])
+            contestants[MATMUL], ceilings[MATMUL] = lambda _: (factors[0] @ factors[1],), 2.0 * MATMUL_SIZE**3
         if device == "cpu" and case.dtype in REGISTER_CEILINGS:
             with suppress(NotSupportedError):
                 contestants[REGISTERS], ceilings[REGISTERS] = register_ceiling(

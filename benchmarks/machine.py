@@ -30,6 +30,8 @@ REGISTER_CEILINGS = {"float32": "fma_float32", "bfloat16": "dot_bfloat16"}
 # Long against the time that idle workers of torch spin on before they leave the cores to others.
 REGISTER_ITERATIONS = 20_000_000
 MATMUL_SIZE = 2048
+# A product that is slower than this share of float32's is no ceiling of anything.
+SLOWEST_SHARE = 0.1
 VECTOR_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
 
 
@@ -87,11 +89,13 @@ def ceilings(threads: int, rounds: int) -> dict[str, Any]:
     """
     contestants: dict[str, Callable[[object], object]] = {}
     flops = {}
+    reasons = {}
     for dtype in (torch.float32, torch.bfloat16):
         name = f"matmul_{str(dtype).removeprefix('torch.')}"
-        contestants[name] = partial(_multiply, torch.randn(2, MATMUL_SIZE, MATMUL_SIZE).to(dtype))
-        flops[name] = 2.0 * MATMUL_SIZE**3
-    reasons = {}
+        try:
+            contestants[name], flops[name] = matmul(dtype, MATMUL_SIZE)
+        except NotSupportedError as error:
+            reasons[name] = str(error)
     for name in REGISTER_CEILINGS.values():
         try:
             contestants[name], flops[name] = register_ceiling(name, threads)
@@ -100,6 +104,34 @@ def ceilings(threads: int, rounds: int) -> dict[str, Any]:
     seconds = interleave(contestants, lambda: None, rounds=rounds)
     rates: dict[str, Any] = {name: quartiles([flops[name] / t / 1e9 for t in own]) for name, own in seconds.items()}
     return rates | {"not_measured": reasons}
+
+
+def matmul(dtype: torch.dtype, size: int) -> tuple[Callable[[object], object], float]:
+    """torch's matrix product.
+
+    Args:
+        dtype: Of the factors.
+        size: Rows and columns.
+
+    Returns:
+        A contestant, and the floating-point operations of one call.
+
+    Raises:
+        NotSupportedError: If this torch has no product worth the name for this type on this processor: where there are
+            no instructions for bfloat16, a product of the size measured here takes minutes.
+    """
+    rate, usual = _small_product_rate(dtype), _small_product_rate(torch.float32)
+    if rate < SLOWEST_SHARE * usual:
+        raise NotSupportedError(f"a product of 256 × 256 {dtype} reaches {rate:.1f} GFLOP/s, in float32 {usual:.0f}")
+    return partial(_multiply, torch.randn(2, size, size).to(dtype)), 2.0 * size**3
+
+
+@cache
+def _small_product_rate(dtype: torch.dtype) -> float:
+    size = 256
+    factors = torch.randn(2, size, size).to(dtype)
+    seconds = interleave({"product": partial(_multiply, factors)}, lambda: None, rounds=3)["product"]
+    return 2.0 * size**3 / min(seconds) / 1e9
 
 
 def register_ceiling(name: str, threads: int) -> tuple[Callable[[object], object], float]:
