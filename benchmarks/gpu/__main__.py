@@ -55,7 +55,7 @@ def suite(device: str, quick: bool, folder: Path) -> list[Stage]:
         Stage(
             "environment",
             ("-m", "benchmarks.gpu.environment", "--device", device, "--out", str(folder)),
-            40,
+            80,  # the first to load torch, from a disk that nobody has read
             makes=(ENVIRONMENT,),
         ),
         *(
@@ -158,6 +158,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--stages", nargs="+", default=[], metavar="NAME", help="only these stages")
     result.add_argument("--minutes", type=float, default=9.0, help="time for all stages")
     result.add_argument("--out", type=Path, default=None, help="folder of the results")
+    result.add_argument("--archive", type=Path, default=None, help="folder of their archive (default: beside them)")
     return result
 
 
@@ -173,19 +174,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.minutes <= 0:
         command.error(f"minutes must be positive, got {arguments.minutes}")
     folder.mkdir(parents=True, exist_ok=True)
+    place = (arguments.archive or folder.parent).resolve()
+    place.mkdir(parents=True, exist_ok=True)
+
+    def report(outcome: Outcome) -> None:
+        _print(outcome)
+        # Whoever is stopped between stages has what there was until then.
+        archive(folder, place)
+
     chosen = [stage for stage in stages if not arguments.stages or stage.name in arguments.stages]
-    outcomes = run_stages(chosen, folder, 60 * arguments.minutes, _print)
+    outcomes = run_stages(chosen, folder, 60 * arguments.minutes, report)
     print("\n" + write_summary(folder, outcomes), flush=True)
-    print(f"all of it: {archive(folder)}", flush=True)
+    print(f"all of it: {archive(folder, place)}", flush=True)
     return int(any(outcome.fails_suite for outcome in outcomes))
 
 
-def archive(folder: Path) -> Path:
-    """Everything in one file beside the folder: results may have to travel as few files."""
-    path = folder.with_name(f"{folder.name}.tar.gz")
-    with tarfile.open(path, "w:gz") as file:
+def archive(folder: Path, place: Path) -> Path:
+    """Everything in one file: results may have to travel as few files."""
+    path = place / f"{folder.name}.tar.gz"
+    unfinished = path.with_suffix(".unfinished")
+    with tarfile.open(unfinished, "w:gz") as file:
         file.add(folder, folder.name)
-    return path
+    return unfinished.replace(path)
 
 
 def _print(outcome: Outcome) -> None:

@@ -42,7 +42,7 @@ def commands(folder: Path) -> list[str]:
     where = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     start = f"ANCHOR_ATTENTION_LIBRARY=$PWD/{where / LIBRARY} PYTHONPATH=python python3 -m benchmarks.gpu"
     return [
-        f"# {question}\n{start} --minutes {minutes} --out ${{OUT:-build}}/gpu{i} --stages {stages}"
+        f"# {question}\n{start} --minutes {minutes} --out build/gpu{i} --archive ${{OUT:-build}} --stages {stages}"
         for i, (question, stages, minutes) in enumerate(CALLS, start=1)
     ]
 

@@ -65,10 +65,12 @@ def test_a_dry_run_leaves_everything(tmp_path: Path) -> None:
 def test_a_library_that_cannot_be_loaded_fails_the_suite_but_not_its_summary(tmp_path: Path) -> None:
     write_json(tmp_path / ENVIRONMENT, {"device": "the one before"})
     missing = str(tmp_path / "elsewhere.so")
-    result = dry_run(tmp_path, "--stages", "environment", "small_shapes_64", ANCHOR_ATTENTION_LIBRARY=missing)
+    stages, place = ("environment", "small_shapes_64"), tmp_path / "to" / "travel"
+    result = dry_run(tmp_path, "--archive", str(place), "--stages", *stages, ANCHOR_ATTENTION_LIBRARY=missing)
     assert result.returncode == 1
     assert "FAILED: small_shapes_64" in result.stdout and "Environment: not measured" in result.stdout
     assert "elsewhere.so is missing" in (tmp_path / "small_shapes_64.log").read_text()
+    assert [path.name for path in place.iterdir()] == [f"{tmp_path.name}.tar.gz"]
 
 
 @pytest.mark.parametrize("option", ["--kernel-name", "--kernel-regex", "--filter", ""])
