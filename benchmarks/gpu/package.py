@@ -39,8 +39,8 @@ def checkout_bytes() -> int:
 
 def commands(folder: Path) -> list[str]:
     """The first three, to be given from the checkout's root."""
-    where = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    start = f"ANCHOR_ATTENTION_LIBRARY=$PWD/{where / LIBRARY} PYTHONPATH=python python3 -m benchmarks.gpu"
+    where = f"$PWD/{folder.relative_to(ROOT)}" if folder.is_relative_to(ROOT) else folder
+    start = f"ANCHOR_ATTENTION_LIBRARY={where}/{LIBRARY} PYTHONPATH=python python3 -m benchmarks.gpu"
     return [
         f"# {question}\n{start} --minutes {minutes} --out build/gpu{i} --archive ${{OUT:-build}} --stages {stages}"
         for i, (question, stages, minutes) in enumerate(CALLS, start=1)

@@ -94,6 +94,8 @@ def test_what_travels_to_a_gpu_is_the_library_and_must_be_small(
     package.main()
     printed = capsys.readouterr().out
     assert "GPU code for sm_80" in printed and printed.count("python3 -m benchmarks.gpu --minutes") == 3
+    assert printed.count(f"LIBRARY={tmp_path}/folder/{package.LIBRARY} ") == 3
+    assert f"LIBRARY=$PWD/build/gpu-package/{package.LIBRARY} " in package.commands(ROOT / "build" / "gpu-package")[0]
     assert (tmp_path / "folder" / package.LIBRARY).read_bytes() == library.read_bytes()
     known = {stage.name for stage in command_line.suite("cuda", False, tmp_path)}
     assert {name for _, stages, _ in package.CALLS for name in stages.split()} <= known
