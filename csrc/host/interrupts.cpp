@@ -1,6 +1,8 @@
 #include "host/interrupts.h"
 
 #include <dlfcn.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <stdexcept>
 
@@ -51,6 +53,10 @@ int raise(void* argument) {
   return -1;
 }
 
+// Python runs handlers on the main thread alone. Another one must not even ask: it would wait for the interpreter's
+// lock, which the thread that waits for the call may hold, and which ends a thread of a process that is ending.
+bool is_main_thread() { return syscall(SYS_gettid) == getpid(); }
+
 // Runs the handlers of signals that have come; true if one of them raised.
 bool handler_raised() {
   const Python& py = python();
@@ -75,7 +81,7 @@ bool Interrupts::stops() {
   const Clock::time_point now = Clock::now();
   if (now - asked_ < kBetweenQuestions) return false;
   asked_ = now;
-  if (handler_raised()) stopped_.store(true, std::memory_order_relaxed);
+  if (is_main_thread() && handler_raised()) stopped_.store(true, std::memory_order_relaxed);
   return stopped_.load(std::memory_order_relaxed);
 }
 

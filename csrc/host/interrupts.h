@@ -7,12 +7,12 @@
 
 namespace anchor_attention {
 
-// One for each call. Python's handlers run on the main thread alone, so that a call from another thread never stops.
-// In a process without Python, nothing is ever asked.
+// One for each call. Python's handlers run on the main thread alone, so that a call from another thread never stops,
+// and never waits for Python. In a process without Python, nothing is ever asked.
 class Interrupts {
  public:
-  // Whether to stop, asked from every thread that works for the call. The thread that made the call asks Python, some
-  // times a second: it runs the handlers of the signals that came in the meantime.
+  // Whether to stop, asked from every thread that works for the call. The main thread, if it made the call, asks Python
+  // some times a second: it runs the handlers of the signals that came in the meantime.
   bool stops();
 
   // Throws if the call was stopped. The handler's exception is raised by the interpreter as soon as it runs again.

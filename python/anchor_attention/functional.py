@@ -114,7 +114,8 @@ def anchor_attention(
         k_freqs: (B or 1, Nk, D / 2) complex64, likewise for k. With float64 q and k, both are complex128, and complex64
             is converted.
         key_mask: (B, Nk) bool, True where the key exists.
-        scale: Factor of the scores; D^-½ when None. A tensor of one element, which may be learnt, is multiplied into q.
+        scale: Factor of the scores; D^-½ when None. A real tensor of one element, which may be learnt, is multiplied
+            into q.
         allow_uncovered: Whether queries may read no key by the table. False makes them an error (and under
             ``torch.compile`` a guard on the table).
         return_lse: Whether to return lse as well.
@@ -195,12 +196,18 @@ def merge_attention(
         (out, lse) of the union (as multisets) of the key sets.
 
     Raises:
-        ValueError: If there is no part or the numbers of outs and lses differ.
+        ValueError: If there is no part, the numbers of outs and lses differ, or a part has another type or shape.
     """
     if isinstance(outs, torch.Tensor) or isinstance(lses, torch.Tensor):
         raise ValueError("outs and lses must be lists or tuples of tensors, one of each for each part, got a tensor")
     if not outs or len(outs) != len(lses):
         raise ValueError(f"outs and lses must be equally many, at least one, got {len(outs)} and {len(lses)}")
+    for name, parts, rank in (("outs", outs, 4), ("lses", lses, 3)):
+        for i, part in enumerate(parts):
+            if not isinstance(part, torch.Tensor):
+                raise ValueError(f"{name}[{i}] must be a torch.Tensor, got {type(part)!r}")
+            if part.dim() != rank:
+                raise ValueError(f"{name}[{i}] must have {rank} axes, got shape {tuple(part.shape)}")
     for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
         batch, n_queries, heads, head_dim = outs[0].shape
         if out.shape != (batch, n_queries, heads, head_dim) or lse.shape != (batch, heads, n_queries):
@@ -236,6 +243,11 @@ def _scaled(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
             f"scale must be a number or a tensor of one element, got shape {tuple(scale.shape)}: "
             "multiply q by factors of heads or tokens"
         )
+    if scale.is_complex():
+        raise ValueError(f"scale must be real, got a tensor of {scale.dtype}")
+    # As everywhere in torch, a number in the host's memory may be a factor on a GPU.
+    if scale.device != q.device and not scale.is_cpu:
+        raise ValueError(f"scale must be on the device of q ({q.device}) or the CPU, got {scale.device}")
     return (q * scale.reshape(())).to(q.dtype)
 
 

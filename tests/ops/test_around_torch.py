@@ -97,6 +97,16 @@ def test_a_scale_of_several_elements_is_refused() -> None:
         anchor_attention(*_tensors(), TABLE, scale=torch.ones(2))
 
 
+def test_a_scale_that_is_complex_or_elsewhere_is_refused() -> None:
+    q, k, v = _tensors()
+    with pytest.raises(ValueError, match=r"scale must be real, got a tensor of torch.complex64"):
+        anchor_attention(q, k, v, TABLE, scale=torch.tensor(0.3 + 0.1j))
+    with pytest.raises(ValueError, match=r"scale must be on the device of q \(cpu\) or the CPU, got meta"):
+        anchor_attention(q, k, v, TABLE, scale=torch.tensor(0.3, device="meta"))
+    out = anchor_attention(*(tensor.to("meta") for tensor in (q, k, v)), TABLE, scale=torch.tensor([0.3]))
+    assert (out.device.type, out.shape) == ("meta", (2, 9, 2, 8))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_without_keys_in_any_part_take_no_gradient_of_merging(dtype: torch.dtype) -> None:
     lses = [torch.tensor([[[-torch.inf, 0.3, -torch.inf]]], dtype=dtype, requires_grad=True) for _ in range(2)]
@@ -120,6 +130,12 @@ def test_merging_keeps_nan_and_names_what_does_not_fit() -> None:
         merge_attention([out, out], [lse, lse.mT])
     with pytest.raises(ValueError, match="outs and lses must be lists or tuples of tensors"):
         merge_attention(out, lse)
+    with pytest.raises(ValueError, match=r"outs\[0\] must have 4 axes, got shape \(2, 1, 4\)"):
+        merge_attention([out[0]], [lse])
+    with pytest.raises(ValueError, match=r"lses\[1\] must have 3 axes, got shape \(1, 2\)"):
+        merge_attention([out, out], [lse, lse[0]])
+    with pytest.raises(ValueError, match=r"outs\[1\] must be a torch.Tensor, got <class 'NoneType'>"):
+        merge_attention([out, None], [lse, lse])
 
 
 def _flops(wanted: str) -> int:

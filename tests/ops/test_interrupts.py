@@ -118,3 +118,35 @@ def test_long_calls_end_when_a_handler_raises() -> None:
         "handler that returns: True",
         "call of another thread: True",
     ]
+
+
+# The main thread keeps the interpreter's lock, as code between two of its hand-overs does, and looks at what the other
+# thread's call computes meanwhile.
+KEPT_LOCK = """
+import ctypes, sys, threading, time
+import torch
+from anchor_attention import KeyRangeTable, anchor_attention
+
+torch.set_num_threads(1)
+tokens = torch.randn(1, 12_000, 8, 64)
+table = KeyRangeTable([0, 12_000], [0, 1], [0, 12_000])
+worker = threading.Thread(target=anchor_attention, args=(tokens, tokens, tokens, table))
+worker.start()
+clock = time.pthread_getcpuclockid(worker.ident)
+while time.clock_gettime(clock) < 0.05:
+    time.sleep(0.01)
+keep = ctypes.PyDLL(None).usleep
+sys.setswitchinterval(1000)
+end = time.perf_counter() + 120
+while time.clock_gettime(clock) < 0.5 and time.perf_counter() < end:
+    keep(10_000)
+computed = time.clock_gettime(clock)
+sys.setswitchinterval(0.005)
+worker.join()
+print(computed >= 0.5)
+"""
+
+
+def test_a_call_of_another_thread_never_waits_for_the_interpreter() -> None:
+    result = subprocess.run([sys.executable, "-c", KEPT_LOCK], capture_output=True, text=True, timeout=300)
+    assert (result.stdout, result.stderr) == ("True\n", "")

@@ -254,3 +254,8 @@ def test_checkpoints_with_rows_that_can_not_be(tmp_path: Path) -> None:
     for text in ("[]", "{}", "3", '{"rows": 3, "totals": null}', '{"rows": {"": "x"}, "totals": {"": 40}}'):
         note.write_text(text)
         refused("can't be read", double, X, torch.empty(40, 4), checkpoint=note)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    refused(r"device must be one of this machine, got 'cuda:1': torch finds no GPU", double, X, device="cuda:1")

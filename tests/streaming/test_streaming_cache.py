@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import anchor_attention.modules.steps as steps_module
 from anchor_attention.modules import JointAnchorAttention
 from anchor_attention.streaming import Cache, cache_file
+from anchor_attention.streaming.memory import PeakMemory
 from tests.module_cases import DIM, make, specs, unit_freqs
 
 
@@ -260,3 +261,17 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "OSError" in run.stdout and "File too large" in run.stdout
     assert path.read_bytes() == content and [file.name for file in tmp_path.iterdir()] == ["cache.pt"]
+
+
+def test_loading_takes_one_layer_more_than_the_cache(tmp_path: Path) -> None:
+    # Groups in memory of their own, as they come from a GPU: they are laid one behind the other.
+    tree = [
+        {"layer": {name: {kind: torch.randn(1, 2, n, 64) for kind in "kv"} for name, n in (("a", 100), ("b", 50))}}
+        for _ in range(10)
+    ]
+    cache = Cache(tree)
+    cache.save(tmp_path / "cache.pt")
+    with PeakMemory() as memory:
+        loaded = Cache.load(tmp_path / "cache.pt")
+    assert memory.peak <= 1.1 * cache.nbytes and memory.bytes == cache.nbytes
+    assert all(torch.equal(*pair) for pair in zip(cache.tensors(), loaded.tensors(), strict=True))

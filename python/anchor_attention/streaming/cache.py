@@ -119,7 +119,7 @@ class Cache:
         form = content.get("format") if isinstance(content, dict) else None
         if form != FORMAT:
             raise ValueError(f"{path} must be a file of the format {FORMAT!r}, got {form!r}")
-        tree = _packed(_decoded(content["tree"]))
+        tree = _decoded(content.pop("tree"))
         return cls(tree) if device is None else cls(tree).to(device)
 
     def costs(self) -> list[LayerCost]:
@@ -192,16 +192,20 @@ def _encoded(tree: Any) -> Any:
 
 
 def _decoded(node: Any) -> Any:
-    kind, content = next(iter(node.items()))
+    """The tree of what was encoded, each layer packed. What is decoded is taken out of the node: of a file larger than
+    half of the memory, only one layer may be there twice."""
+    kind = next(iter(node))
+    content = node.pop(kind)
     if kind == "dict":
-        return {key: _decoded(value) for key, value in content.items()}
-    if kind == "list":
-        return [_decoded(value) for value in content]
-    if kind == "tuple":
-        return tuple(_decoded(value) for value in content)
-    if kind == "namedtuple":
-        module, name = node["class"]
-        return _named_tuple(module, name, node["fields"])(*(_decoded(value) for value in content))
+        tree = {key: _decoded(content.pop(key)) for key in list(content)}
+        return _packed(tree) if _is_layer(tree) else tree
+    if kind in ("list", "tuple", "namedtuple"):
+        content.reverse()
+        values = [_decoded(content.pop()) for _ in range(len(content))]
+        if kind == "namedtuple":
+            module, name = node["class"]
+            return _named_tuple(module, name, node["fields"])(*values)
+        return values if kind == "list" else tuple(values)
     return content
 
 

@@ -287,7 +287,10 @@ def _named(result: Any) -> Tensors:
 
 def _device(tree: Any, device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        place = torch.device(device)
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device must be one of this machine, got {str(place)!r}: torch finds no GPU")
+        return place
     first = next((leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)), None)
     return torch.device("cpu") if first is None else first.device
 

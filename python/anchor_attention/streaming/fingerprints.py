@@ -97,7 +97,8 @@ def _bytes(array: Any) -> Any:
 
 
 def _modules(value: Any, seen: set[int]) -> Iterator[nn.Module]:
-    if id(value) in seen:
+    # Numbers and texts lead nowhere, and an object may hold a great many.
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, Tensor)) or id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, nn.Module):
@@ -123,7 +124,7 @@ def _modules(value: Any, seen: set[int]) -> Iterator[nn.Module]:
     elif isinstance(value, (list, tuple)):
         for part in value:
             yield from _modules(part, seen)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType, Tensor)):
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)):
         yield from _modules(vars(value), seen)
         if callable(value):
             yield from _modules(type(value).__call__, seen)
