@@ -10,7 +10,6 @@ HERE = Path(__file__).resolve().parent
 RUNS = {
     "short": "`run.py`, the default",
     "full": "`run.py --full --steps 4500 --threads 1`",
-    "busy": "`run.py --threads 2`, while other programs kept the two cores busy several times over",
 }
 HEADING = "## Results\n"
 BASELINES = {
@@ -41,8 +40,6 @@ def results_section(metrics: dict[str, dict[str, Any]]) -> str:
         lines.append(f"| {name} | {' | '.join(columns)} |")
     lines += [
         "",
-        "The machine was shared when these runs were made, so their seconds say little about a quiet one.",
-        "",
     ]
     for mode, those in metrics.items():
         training, environment, fields = those["training"], those["environment"], those["streaming"]
@@ -53,7 +50,8 @@ def results_section(metrics: dict[str, dict[str, Any]]) -> str:
             f"{training['parameters']:,} parameters, {training['steps']:,} steps in {training['seconds']:.0f} s,",
             f"{environment['total_seconds']:.0f} s with evaluation and pictures; threads:",
             f"{training_threads} in training, {environment['threads']} after it",
-            f"({environment['machine']}, torch {environment['torch']}).",
+            f"({environment.get('processor', environment['machine'])}, "
+            f"{environment.get('instruction_set', 'instruction set not recorded')}, torch {environment['torch']}).",
             f"Streaming: {fields[0]['query_points']:,} points around an airfoil, at {slowest:,.0f} per second or more.",
             "",
         ]

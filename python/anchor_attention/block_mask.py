@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     from .key_range_table import KeyRangeTable
+
+# Of tokens: as many entries may a matrix of groups and key segments have.
+DENSE_SHARE = 4
 
 
 def make_block_mask(
@@ -29,7 +33,7 @@ def make_block_mask(
     full = scores == q_block * k_block
     partial = (scores > 0) & ~full
 
-    # Queries of no group belong to one more, which has no range; a range more lets every index be looked up.
+    # Queries of no group belong to one more, which has no range.
     n_groups = queries.size(0)
     positions = torch.arange(n_queries, device=device)
     group_of_query = torch.searchsorted(queries[:, 1].contiguous(), positions, right=True)
@@ -37,21 +41,11 @@ def make_block_mask(
     if n_groups:
         begins_later = queries[group_of_query.clamp_max(n_groups - 1), 0] > positions
     group_of_query = torch.where(begins_later, n_groups, group_of_query)
-    steps = int(offsets.diff().max()).bit_length() if n_groups else 0
-    offsets = torch.cat([offsets, offsets[-1:]])
-    begins, ends = torch.cat([keys, keys.new_zeros(1, 2)]).unbind(1)
+    lookup = _by_segments if (n_groups + 1) * (keys.numel() + 1) <= DENSE_SHARE * (n_queries + n_keys) else _by_search
+    may_read = lookup(offsets, keys, n_keys)
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        group = group_of_query[q_idx]
-        first = low = offsets[group]
-        high = offsets[group + 1]
-        # The number of the group's ranges that begin at the key or before it, by halving: no branch, no loop over data.
-        for _ in range(steps):
-            middle = (low + high) // 2
-            before = (low < high) & (begins[middle] <= kv_idx)
-            low = torch.where(before, middle + 1, low)
-            high = torch.where(before, high, middle)
-        return (low > first) & (kv_idx < ends[torch.where(low > first, low - 1, 0)])
+        return may_read(group_of_query[q_idx], kv_idx)
 
     return BlockMask.from_kv_blocks(
         *_ordered_blocks(partial),
@@ -60,6 +54,44 @@ def make_block_mask(
         mask_mod=mask_mod,
         seq_lengths=(n_queries, n_keys),
     )
+
+
+def _by_segments(offsets: Tensor, keys: Tensor, n_keys: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Looks a key's segment between bounds of ranges up, and what its group reads, in a matrix of both."""
+    bounds = torch.unique(torch.cat([keys.flatten(), keys.new_tensor([0, n_keys])]))
+    n_groups = offsets.numel() - 1
+    group = torch.repeat_interleave(offsets.diff())
+    changes = keys.new_zeros(n_groups + 1, bounds.numel())
+    for sign, edge in zip((1, -1), keys.unbind(1), strict=True):
+        at = torch.searchsorted(bounds, edge.contiguous())
+        changes.index_put_((group, at), torch.full_like(at, sign), accumulate=True)
+    reads = changes.cumsum(1) > 0
+    positions = torch.arange(n_keys, device=keys.device)
+    segment_of_key = torch.searchsorted(bounds, positions, right=True) - 1
+    return lambda group, key: reads[group, segment_of_key[key]]
+
+
+def _by_search(offsets: Tensor, keys: Tensor, n_keys: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Searches the group's ranges: where groups times segments would be more than tokens.
+
+    The compiler's kernel for the CPU (torch 2.13) refuses it; on a GPU and uncompiled it runs.
+    """
+    steps = int(offsets.diff().max()).bit_length() if offsets.numel() > 1 else 0
+    offsets = torch.cat([offsets, offsets[-1:]])
+    begins, ends = (part.contiguous() for part in torch.cat([keys, keys.new_zeros(1, 2)]).unbind(1))
+
+    def may_read(group: Tensor, key: Tensor) -> Tensor:
+        first = low = offsets[group]
+        high = offsets[group + 1]
+        # The number of the group's ranges that begin at the key or before it, by halving: no branch, no loop over data.
+        for _ in range(steps):
+            middle = (low + high) // 2
+            before = (low < high) & (begins[middle] <= key)
+            low = torch.where(before, middle + 1, low)
+            high = torch.where(before, high, middle)
+        return (low > first) & (key < ends[torch.where(low > first, low - 1, 0)])
+
+    return may_read
 
 
 def _scores_per_block(

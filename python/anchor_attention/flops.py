@@ -6,12 +6,18 @@ scores is not, as for torch's own attention of the plain kind: these are the ope
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+_COUNTER = "torch.utils.flop_counter"
 
 
 def _product(q_shape: Sequence[int], q_ranges: Sequence[int], k_offsets: Sequence[int], k_ranges: Sequence[int]) -> int:
@@ -63,9 +69,47 @@ def _attention_backward(
     return products * _product(q_shape, q_ranges, k_offsets, k_ranges)
 
 
-for operation, formula in (
-    (torch.ops.anchor_attention.attention, _attention),
-    (torch.ops.anchor_attention.attention_backward, _attention_backward),
-):
-    if operation not in flop_registry:
-        register_flop_formula(operation)(formula)
+def _register() -> None:
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for operation, formula in (
+        (torch.ops.anchor_attention.attention, _attention),
+        (torch.ops.anchor_attention.attention_backward, _attention_backward),
+    ):
+        if operation not in flop_registry:
+            register_flop_formula(operation)(formula)
+
+
+class _ThenRegister(Loader):
+    """Loads the counter's module as its own loader does, and registers the formulas behind it."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        _register()
+
+
+class _WhenImported(MetaPathFinder):
+    """Waits for the counter: to import it takes 0.3 s where Triton is installed, which it imports in turn."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if fullname != _COUNTER or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
+
+
+def register() -> None:
+    """Registers the formulas: at once where the counter has been imported, else as soon as it is."""
+    if _COUNTER in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _WhenImported())

@@ -10,6 +10,8 @@ import torch
 from . import fake, flops, vmap  # noqa: F401
 from .interrupts import raised_by_a_signal
 
+flops.register()
+
 Grads = tuple[torch.Tensor | None, ...]
 
 

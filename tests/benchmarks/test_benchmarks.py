@@ -96,12 +96,13 @@ def test_peers_take_any_table(peer: str, table: KeyRangeTable) -> None:
 def test_flex_attention_does_the_same_work() -> None:
     """FlexAttention's CPU kernel has returned NaN, from memory that it had not written: then it is asked again.
 
-    What is ours is compared with plain PyTorch, so that no fault of ours passes for one of the peer's.
+    What is ours is compared with plain PyTorch, so that no fault of ours passes for one of the peer's. Axes are whole
+    blocks: at 64 × 40, compiled for AVX2, it is off by 0.6 with a mask of PyTorch's own making, too.
     """
-    table = TABLES["several_key_ranges"]
-    inputs = make_operation_inputs(1, 64, 40, 2, 16)
+    table = KeyRangeTable.from_ranges([[0, 100], [0, 100], [100, 256]], [[0, 24], [40, 128], [30, 31]])
+    inputs = make_operation_inputs(1, 256, 128, 2, 16)
     ours, plain, theirs = (
-        operation_contestant(prepare_peer(name, table, 64, 40).attention, FORWARD)
+        operation_contestant(prepare_peer(name, table, 256, 128).attention, FORWARD)
         for name in (OURS, "eager", "flex_attention")
     )
     # Convex combinations of values of order one, with weights that depend on sums of 16 products.
@@ -147,9 +148,13 @@ def test_workloads_name_the_patterns_of_the_modules(workloads: list[Workload]) -
 def test_gpu_and_cpu_sizes_have_the_same_shape() -> None:
     assert [workload.name for workload in GPU] == [workload.name for workload in CPU]
     for small, large in zip(CPU, GPU, strict=True):
-        assert [b.name for b in small.branches] == [b.name for b in large.branches]
-        assert [bool(b.queries) for b in small.branches] == [bool(b.queries) for b in large.branches]
-        assert small.n_tokens < large.n_tokens
+        # Packed samples are branches: there are more of them on a GPU, none larger.
+        pairs = list(zip(small.branches, large.branches, strict=not small.packed))
+        for branch, larger in pairs:
+            assert branch.name == larger.name and bool(branch.queries) == bool(larger.queries)
+            assert branch.anchors <= larger.anchors and branch.queries <= larger.queries
+        # Latents are as many on either: there it is the tokens that they read which are fewer.
+        assert len(large.branches) > len(pairs) or any(branch != larger for branch, larger in pairs)
         assert (small.dim, small.heads, small.passes, small.patterns) == (
             large.dim,
             large.heads,

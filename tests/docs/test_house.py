@@ -36,8 +36,8 @@ EVERY_PART = {"anchor_attention", "tools", "benchmarks", "scripts", "examples", 
 
 # Layers of the package, lowest first: a module imports from its own layer and those below.
 LAYERS = (
-    {"_context", "_library", "_version", "vmap"},
-    {"block_mask", "ops", "key_range_table", "patterns"},
+    {"_context", "_library", "_version", "argument_checks", "flops", "interrupts", "vmap"},
+    {"block_mask", "fake", "ops", "key_range_table", "patterns"},
     {"reference", "converters"},
     {"functional"},
     {"modules"},

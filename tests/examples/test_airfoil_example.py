@@ -342,7 +342,7 @@ def test_training_learns(shapes: dataset.Shapes) -> None:
 
 def test_a_training_needs_an_end() -> None:
     with pytest.raises(ValueError, match="seconds or steps must be given, got None for both"):
-        TrainingConfig(seconds=None)
+        TrainingConfig(seconds=None, steps=None)
 
 
 def test_baselines_are_right_where_the_answer_is_known(shapes: dataset.Shapes) -> None:

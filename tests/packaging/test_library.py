@@ -14,7 +14,8 @@ import torch
 
 from anchor_attention._library import LIBRARY_VARIABLE, library_path
 
-IMPORT_MILLISECONDS = 50
+# Of what torch's own import takes, which tells how fast the machine is.
+IMPORT_SHARE = 0.06
 ELF_CLASS, ELF_MACHINE = 4, 18
 RISCV = 243
 MACHINE = platform.machine()
@@ -107,16 +108,17 @@ def test_import_takes_little_more_than_torch() -> None:
     """
     code = """
 import time
-import torch
 begin = time.process_time()
+import torch
+between = time.process_time()
 import anchor_attention
-print(1e3 * (time.process_time() - begin))
+print((time.process_time() - between) / (between - begin))
 """
-    times = [
+    shares = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
         for _ in range(3)
     ]
-    assert min(times) <= IMPORT_MILLISECONDS, times
+    assert min(shares) <= IMPORT_SHARE, shares
 
 
 def test_parts_that_take_long_to_import_wait_until_they_are_used() -> None:
