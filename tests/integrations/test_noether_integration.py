@@ -488,3 +488,43 @@ def test_token_specs_of_the_package_are_duck_typed() -> None:
     theirs = [Spec(spec.name, spec.size or 0) for spec in SPECS]
     ours = [TokenSpec(spec.name, spec.size) for spec in SPECS]
     assert torch.equal(module(x, theirs)[0], module(x, ours)[0])
+
+
+def test_masks_do_not_travel_with_caches_where_the_original_leaves_them_out() -> None:
+    module = lookalikes.SplitJointAnchorAttention().double()
+    fast = accelerated(module)
+    x, freqs = torch.randn(2, total(SPECS), DIM, dtype=FLOAT64), angles(2, total(SPECS))
+    alone, rows = queries_alone(SPECS)
+    for batch in (1, 2):
+        mask = torch.rand(batch, total(SPECS)) < 0.6
+        mask[:, 0] = True
+        found = []
+        for candidate in (module, fast):
+            out, cache = candidate(x, SPECS, key_padding_mask=mask, freqs=freqs)
+            assert all(set(entry) == {"k", "v"} for entry in cache.values())
+            found.append((out, candidate(x[:, rows], alone, freqs=freqs[:, rows], kv_cache=cache)[0]))
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=TOLERANCE)
+
+
+def test_verification_changes_no_buffer_calls_no_hook_and_seeds_no_other_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = lookalikes.SplitDotProductAttention()
+    nn.utils.parametrizations.spectral_norm(module.q)
+    nn.utils.spectral_norm(module.k)
+    calls: list[str] = []
+    module.k.register_forward_hook(lambda *_: calls.append("layer"))
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    assert buffers
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: calls.append("seed"))
+    with pytest.warns(UserWarning, match="replaced nothing"):
+        accelerate(module, packages=PACKAGES)
+    assert not calls
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in module.named_buffers())
+
+
+def test_a_module_with_buffers_of_its_own_is_left_alone() -> None:
+    module = lookalikes.DotProductAttention()
+    module.register_buffer("temperature", torch.ones(()))
+    with pytest.warns(UserWarning, match="holds the buffers temperature"):
+        accelerate(module, packages=PACKAGES)

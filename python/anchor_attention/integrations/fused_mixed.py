@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,8 +31,12 @@ class MixedForward(FusedForward):
         if packed is None and not cached and not self._are_plain("q", "k", "v"):
             return None
         returns_cache = self._returns_cache() and not cached
+        if cached and mask is not None:
+            return None
         # Cached groups are read by the blocks of a model that has the cache; others ignore what they are given.
         kv_cache = arguments.get("kv_cache") if cached else None
+        if isinstance(kv_cache, Mapping):
+            kv_cache = {name: _without_mask(entry) for name, entry in kv_cache.items()}
         anchors = [spec.name for spec in token_specs if ANCHOR_MARK in spec.name] if returns_cache else []
         try:
             plan = plan_call(
@@ -67,7 +72,7 @@ class MixedForward(FusedForward):
         out = self.proj(attended)
         if not self._returns_cache():
             return out
-        return out, None if cache is None else {name: cache[name] for name in anchors}
+        return out, None if cache is None else {name: _without_mask(cache[name]) for name in anchors}
 
     def _fits(self, arguments: Arguments, x: Any, mask: Any, freqs: Any) -> bool:
         if arguments.get("attention_mask") is not None or not self._is_usual(arguments):
@@ -114,6 +119,11 @@ class UntiedMixedForward(MixedForward):
             dropout=0.0,
         )
         return self.proj(attended, token_specs)
+
+
+def _without_mask(entry: Any) -> Any:
+    """An entry of a cache as the original makes and reads it: cached tokens count as real."""
+    return {kind: entry[kind] for kind in ("k", "v")} if isinstance(entry, Mapping) and "mask" in entry else entry
 
 
 def _of_batch(mask: Tensor | None, x: Tensor) -> Tensor | None:

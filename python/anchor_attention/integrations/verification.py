@@ -1,8 +1,8 @@
 """Runs a stand-in beside its original on small random inputs that cover what the module can meet.
 
-Both run on a twin of the module that shares its layers' classes and settings, but holds no hooks; where all parameters
-are plain, the twin has random ones, so that attention is far from uniform even in a model that was just initialised.
-The module itself is never called, and nothing of it is changed.
+Both run on a twin of the module that shares its layers' classes and settings, but holds no hooks of the user's and has
+buffers of its own; where all parameters are plain, the twin has random ones, so that attention is far from uniform even
+in a model that was just initialised. The module itself is never called, and nothing of it is changed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .fused_forward import FusedForward, fused_class
+from .fused_forward import Arguments, FusedForward, fused_class
 
 BATCH = 2
 # Of the largest value of a result, in units of its type's rounding: sums in another order, exponentials of scores.
 ROUNDINGS = 8
 # The least tolerance, for types whose rounding is finer than that of the factors of the rotation.
 RELATIVE_TOLERANCE = 1e-4
+# Makes scores of some tens: an original may bound them.
+LARGE = 4.0
+WITHIN, ACROSS, JOINT = "attention within branches", "attention across branches", "joint attention"
 
 Call = Callable[[nn.Module], Any]
+# Its name, the call, and whether it runs in training.
+Case = tuple[str, Call, bool]
 
 
 class Unverifiable(Exception):
@@ -71,38 +76,63 @@ def difference(module: nn.Module, forward: type[FusedForward], branches: Sequenc
         Unverifiable: If the original fails on every input.
     """
     device = _device_of(module)
+    plain = _has_plain_parameters(module)
     state = _GeneratorStates(device)
     with state, torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        original = _twin(module, device)
-        fused = copy.copy(original)
-        fused.__dict__ = original.__dict__.copy()
-        fused.__class__ = fused_class(forward, type(original))
-        compared = 0
-        errors: list[str] = []
-        for name, calls in _cases(original, branches, device):
-            for trains in (False, True):
-                if trains and getattr(original, "dropout", 0.0) > 0:
-                    continue
-                _set_training(original, trains)
-                _set_training(fused, trains)
-                try:
-                    expected = _run(original, calls)
-                except Exception as error:
-                    # Not every version can do everything: what the original refuses is nothing to compare with.
-                    errors.append(f"{type(error).__name__}: {error}")
-                    continue
-                compared += 1
-                try:
-                    found = _run(fused, calls)
-                except Exception as error:
-                    return f"fails with {name} ({type(error).__name__}: {error:.120})"
-                by = _distance(expected, found)
-                if by is not None:
-                    return f"differs from the original with {name}: {by}"
-        if not compared:
-            raise Unverifiable(
-                f"its own forward fails on small random inputs ({errors[0] if errors else 'no case':.120})"
-            )
+        twin = _copied(module, device if plain else None)
+        dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
+        if plain and dtype in (torch.float16, torch.bfloat16):
+            # Half precision hides much of what may differ.
+            by = _difference(_copied(module, device).float(), forward, branches, device, torch.float32)
+            if by is not None:
+                return by
+        return _difference(twin, forward, branches, device, dtype)
+
+
+def _difference(
+    original: nn.Module,
+    forward: type[FusedForward],
+    branches: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> str | None:
+    fused = copy.copy(original)
+    fused.__dict__ = original.__dict__.copy()
+    stand_in = fused_class(forward, type(original))
+    # Whether the stand-in computed the last call, and left nothing of it to the original.
+    computed: list[bool] = []
+
+    def counting(self: FusedForward, arguments: Arguments) -> Any:
+        result = stand_in.fused(self, arguments)
+        computed.append(result is not None)
+        return result
+
+    fused.__class__ = type(stand_in.__name__, (stand_in,), {"fused": counting})
+    compared = 0
+    errors: list[str] = []
+    for name, call, trains in _cases(original, branches, device, dtype):
+        for module in (original, fused):
+            _set_training(module, trains and not getattr(original, "dropout", 0.0) > 0)
+        try:
+            expected = _run(original, call)
+        except Exception as error:
+            # Not every version can do everything: what the original refuses is nothing to compare with.
+            errors.append(f"{type(error).__name__}: {error}")
+            continue
+        compared += 1
+        try:
+            found = _run(fused, call)
+        except Exception as error:
+            return f"fails with {name} ({type(error).__name__}: {error:.120})"
+        by = _distance(expected, found)
+        if by is not None:
+            return f"differs from the original with {name}: {by}"
+    if not compared:
+        raise Unverifiable(f"its own forward fails on small random inputs ({errors[0] if errors else 'no case':.120})")
+    if not any(computed):
+        raise Unverifiable(
+            "every call would be computed by its own forward, which reads weights of layers that are not plain"
+        )
     return None
 
 
@@ -117,18 +147,25 @@ def signature(module: nn.Module, forward: type[FusedForward], branches: Sequence
         for key, value in vars(part).items():
             if key in ("_parameters", "_buffers", "_modules", "training") or key.endswith("_hooks"):
                 continue
-            if key.startswith("_") and not value:
+            if key.startswith("_") and (value is None or (isinstance(value, (dict, set)) and not value)):
                 continue
             if isinstance(value, plain):
-                settings.append((name, key, value))
+                # With the type: numbers of different types can be equal.
+                settings.append((name, key, type(value), value))
             elif key not in ("_forward_hooks_with_kwargs", "_non_persistent_buffers_set"):
                 return None
     shapes = tuple((name, p.shape, p.dtype, p.device) for name, p in module.named_parameters())
-    return forward, type(module), tuple(parts), tuple(settings), shapes, tuple(branches)
+    names = tuple(sorted(_branch_names(module, branches)))
+    listed = forward, type(module), tuple(parts), tuple(settings), shapes, names
+    try:
+        hash(listed)
+    except TypeError:
+        return None
+    return listed
 
 
 class _GeneratorStates(contextlib.AbstractContextManager[None]):
-    """Leaves torch's generators as they were, and begins with the same state every time."""
+    """Leaves torch's generators as they were, and begins with the same state of the CPU's every time."""
 
     def __init__(self, device: torch.device) -> None:
         self._devices = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
@@ -136,7 +173,8 @@ class _GeneratorStates(contextlib.AbstractContextManager[None]):
     def __enter__(self) -> None:
         self._fork = torch.random.fork_rng(devices=self._devices)
         self._fork.__enter__()
-        torch.manual_seed(0)
+        # Not torch.manual_seed, which seeds every device, also those that are not used yet.
+        torch.default_generator.manual_seed(0)
 
     def __exit__(self, *error: Any) -> None:
         self._fork.__exit__(*error)
@@ -159,24 +197,26 @@ def _has_plain_parameters(module: nn.Module) -> bool:
     return True
 
 
-def _twin(module: nn.Module, device: torch.device) -> nn.Module:
-    own_parameters = _has_plain_parameters(module)
-    return _copied(module, device if own_parameters else None)
-
-
 def _copied(module: nn.Module, device: torch.device | None) -> nn.Module:
     """The module and its submodules anew, without hooks; with random parameters on the device, or with the same."""
     twin: nn.Module = module.__class__.__new__(module.__class__)
     twin.__dict__ = module.__dict__.copy()
     for name, value in vars(module).items():
-        # Hooks that compute the weights belong to a layer that is not plain.
         if name.endswith("_hooks") and isinstance(value, OrderedDict):
-            twin.__dict__[name] = OrderedDict() if device is not None else value.copy()
+            twin.__dict__[name] = OrderedDict(
+                # Of a layer that is not plain: pruning and weight normalisation of old compute the weights in hooks.
+                (key, hook)
+                for key, hook in value.items()
+                if device is None and type(hook).__module__.startswith("torch.nn.utils.")
+            )
     twin.__dict__["_parameters"] = {
         name: parameter if parameter is None or device is None else _random_like(parameter, device)
         for name, parameter in module._parameters.items()
     }
-    twin.__dict__["_buffers"] = dict(module._buffers)
+    # A layer may change them in its forward.
+    twin.__dict__["_buffers"] = {
+        name: None if buffer is None else buffer.detach().clone() for name, buffer in module._buffers.items()
+    }
     twin.__dict__["_modules"] = {
         name: None if child is None else _copied(child, device) for name, child in module._modules.items()
     }
@@ -198,13 +238,16 @@ def _set_training(module: nn.Module, trains: bool) -> None:
         part.training = trains
 
 
-def _run(module: nn.Module, calls: Sequence[Call]) -> list[Tensor | None]:
-    """What the calls return, what goes into the output projection, and the gradient of the tokens."""
-    results: list[Tensor | None] = []
-    for call in calls:
-        # Masks of a cache are only in ours.
-        results += [leaf for leaf in tree_leaves(call(module)) if isinstance(leaf, Tensor) and leaf.dtype != torch.bool]
-    return results
+def _run(module: nn.Module, call: Call) -> list[Tensor | None]:
+    """What a call returns, what goes into the output projection, and the gradients of the tokens.
+
+    Raises:
+        RuntimeError: If there are no values in what it returns.
+    """
+    results = [leaf for leaf in tree_leaves(call(module)) if isinstance(leaf, Tensor)]
+    if any(result.is_meta for result in results):
+        raise RuntimeError("its weights are on the meta device")
+    return list(results)
 
 
 def _distance(expected: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> str | None:
@@ -228,13 +271,12 @@ def _distance(expected: Sequence[Tensor | None], found: Sequence[Tensor | None])
     return None
 
 
-def _cases(module: nn.Module, branches: Sequence[str], device: torch.device) -> Iterator[tuple[str, list[Call]]]:
-    names = tuple(inspect.signature(type(module).forward).parameters)
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    inputs = _Inputs(module, names, device, dtype)
-    if "attention_patterns" in names:
+def _cases(module: nn.Module, branches: Sequence[str], device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """What is compared. Each case runs once, in training or not: a module of millions of parameters takes its time."""
+    inputs = _Inputs(module, tuple(inspect.signature(type(module).forward).parameters), device, dtype)
+    if "attention_patterns" in inputs.names:
         yield from _mixed_cases(inputs, branches)
-    elif "kv" in names:
+    elif "kv" in inputs.names:
         yield from _perceiver_cases(inputs, branches)
     else:
         yield from _plain_cases(inputs)
@@ -257,6 +299,13 @@ class _Inputs:
         angles = 3 * _random(batch, n, int(self.module.head_dim) // 2)  # type: ignore[arg-type]
         factors = torch.polar(torch.ones_like(angles), angles)
         return factors.to(self.device, torch.complex128 if self.dtype == torch.float64 else torch.complex64)
+
+    def angles(self, n: int) -> tuple[Tensor, ...] | None:
+        """The legacy form of the factors of three axes, as wide as the heads allow."""
+        width = int(self.module.head_dim) // 6 * 2  # type: ignore[arg-type]
+        if width == 0:
+            return None
+        return tuple((3 * _random(BATCH, n, width)).to(self.device, self.dtype) for _ in range(3))
 
     def call(self, *tokens: str, **arguments: Any) -> Call:
         """A call, followed by the gradients of the named arguments."""
@@ -284,31 +333,47 @@ class _Inputs:
         return run
 
 
-def _mixed_cases(inputs: _Inputs, branches: Sequence[str]) -> Iterator[tuple[str, list[Call]]]:
+def _mixed_cases(inputs: _Inputs, branches: Sequence[str]) -> Iterator[Case]:
     first, second, *others = _branch_names(inputs.module, branches)
     sizes = {
         "balanced groups": ((4, 6), (4, 6)),
-        "nearly balanced groups": ((10, 11), (10, 10)),
         "unbalanced groups": ((3, 4), (5, 13)),
+        "nearly balanced groups": ((10, 11), (10, 10)),
         "anchors alone": ((4, 0), (7, 0)),
     }
     for name, (of_first, of_second) in sizes.items():
         groups = _groups({first: of_first, second: of_second, **dict.fromkeys(others, of_second)})
         for kind, patterns in _patterns(groups).items():
-            yield f"{name}, {kind}", [_mixed_call(inputs, groups, patterns, "x")]
-    yield "one branch", [_mixed_call(inputs, _groups({first: (4, 6)}), None)]
-    yield "an empty branch", [_mixed_call(inputs, _groups({first: (4, 6), second: (5, 0)}, keep_empty=True), None)]
-    yield "queries first", [_mixed_call(inputs, _groups({first: (4, 6), second: (5, 9)})[::-1], None)]
+            # Gradients of every pattern, whether the projections know balanced groups or not.
+            trains = (name, kind) in (("balanced groups", JOINT), ("unbalanced groups", WITHIN)) or (
+                (name, kind) == ("unbalanced groups", ACROSS)
+            )
+            if trains or kind == JOINT or name == "balanced groups":
+                yield f"{name}, {kind}", _mixed_call(inputs, groups, patterns, *(["x"] if trains else [])), trains
+    yield "one branch", _mixed_call(inputs, _groups({first: (4, 6)}), None), False
+    yield "an empty branch", _mixed_call(inputs, _groups({first: (4, 6), second: (5, 0)}, keep_empty=True), None), True
+    yield "queries first", _mixed_call(inputs, _groups({first: (4, 6), second: (5, 9)})[::-1], None), True
     groups = _groups({first: (4, 6), second: (5, 9)})
-    yield "factors that the samples share", [_mixed_call(inputs, groups, None, freqs_batch=1)]
+    if inputs.module.use_rope:
+        yield "factors that the samples share", _mixed_call(inputs, groups, None, freqs_batch=1), True
+        angles = inputs.angles(sum(group.size or 0 for group in groups))
+        if angles is not None:
+            yield "angles by axis", _mixed_call(inputs, groups, None, freqs=angles), False
+    if inputs.dtype in (torch.float32, torch.float64):
+        yield "large tokens", _mixed_call(inputs, groups, None, scale=LARGE), False
     if "key_padding_mask" in inputs.names:
         for name, of_second in (("a mask", (5, 9)), ("a mask, balanced groups", (4, 6))):
-            groups = _groups({first: (4, 6), second: of_second})
-            for kind, patterns in _patterns(groups).items():
-                yield f"{name}, {kind}", [_mixed_call(inputs, groups, patterns, mask=True)]
+            masked = _groups({first: (4, 6), second: of_second})
+            for kind, patterns in _patterns(masked).items():
+                if kind == JOINT or name == "a mask":
+                    yield f"{name}, {kind}", _mixed_call(inputs, masked, patterns, mask_batch=BATCH), kind == ACROSS
+        yield "a mask that the samples share", _mixed_call(inputs, groups, None, mask_batch=1), False
     if "kv_cache" in inputs.names:
         for absent in (False, True):
-            yield f"a cache{', a branch without queries' if absent else ''}", _cached_calls(inputs, groups, absent)
+            call = _cached_call(inputs, groups, absent)
+            yield f"a cache{', a branch without queries' if absent else ''}", call, absent
+        if "key_padding_mask" in inputs.names:
+            yield "a mask and a cache", _cached_call(inputs, groups, False, mask_batch=BATCH), False
 
 
 def _branch_names(module: nn.Module, branches: Sequence[str]) -> list[str]:
@@ -337,12 +402,12 @@ def _patterns(groups: Sequence[_Group]) -> dict[str, list[_Pattern]]:
     anchors = {branch: f"{branch}_anchors" for branch in by_branch}
     every = [group.name for group in groups]
     return {
-        "attention within branches": [_Pattern(names, [anchors[branch]]) for branch, names in by_branch.items()],
-        "attention across branches": [
+        WITHIN: [_Pattern(names, [anchors[branch]]) for branch, names in by_branch.items()],
+        ACROSS: [
             _Pattern(names, [anchor for other, anchor in anchors.items() if other != branch or len(anchors) == 1])
             for branch, names in by_branch.items()
         ],
-        "joint attention": [_Pattern(every, list(anchors.values()))],
+        JOINT: [_Pattern(every, list(anchors.values()))],
     }
 
 
@@ -351,35 +416,35 @@ def _mixed_call(
     groups: Sequence[_Group],
     patterns: Sequence[_Pattern] | None,
     *tokens: str,
-    mask: bool = False,
+    mask_batch: int | None = None,
     freqs_batch: int = BATCH,
+    freqs: Any = None,
+    scale: float = 1.0,
 ) -> Call:
     n = sum(group.size or 0 for group in groups)
     padding = None
-    if mask:
-        padding = _random(BATCH, n) > -0.5
+    if mask_batch is not None:
+        padding = _random(mask_batch, n) > -0.5
         begin = 0
         for group in groups:
             # No row without keys: what an original makes of them is not the same in every version of torch.
             padding[:, begin] = True
             begin += group.size or 0
         padding = padding.to(inputs.device)
-    patterns = _patterns(groups)["joint attention"] if patterns is None else patterns
+    patterns = _patterns(groups)[JOINT] if patterns is None else patterns
     return inputs.call(
         *tokens,
-        x=inputs.tokens(n),
+        x=scale * inputs.tokens(n),
         token_specs=list(groups),
         attention_patterns=list(patterns),
         key_padding_mask=padding,
-        freqs=inputs.freqs(n, freqs_batch),
+        freqs=inputs.freqs(n, freqs_batch) if freqs is None else freqs,
     )
 
 
-def _cached_calls(inputs: _Inputs, groups: Sequence[_Group], absent: bool) -> list[Call]:
-    """A call that returns a cache, and one of queries alone that reads the original's kind of cache."""
-    patterns = _patterns(groups)["joint attention"]
-    n = sum(group.size or 0 for group in groups)
-    x, freqs = inputs.tokens(n), inputs.freqs(n)
+def _cached_call(inputs: _Inputs, groups: Sequence[_Group], absent: bool, mask_batch: int | None = None) -> Call:
+    """A call that returns a cache, and one of queries alone that reads it."""
+    patterns = _patterns(groups)[JOINT]
     alone = [
         _Group(group.name, None if group.name.endswith("_anchors") else group.size)
         for group in groups
@@ -389,16 +454,15 @@ def _cached_calls(inputs: _Inputs, groups: Sequence[_Group], absent: bool) -> li
     queries, query_freqs = inputs.tokens(n_alone), inputs.freqs(n_alone)
     names = {group.name for group in alone}
     kept = [_Pattern([name for name in p.query_tokens if name in names], p.key_value_tokens) for p in patterns]
-    first = inputs.call(x=x, token_specs=list(groups), attention_patterns=patterns, freqs=freqs)
+    first = _mixed_call(inputs, groups, patterns, mask_batch=mask_batch)
 
     def both(module: nn.Module) -> Any:
         whole = first(module)
         cache = whole[0][1]
         second = inputs.call(x=queries, token_specs=alone, attention_patterns=kept, freqs=query_freqs, kv_cache=cache)
-        # Ours carries a mask where there was one; here there was none.
         return whole, second(module)
 
-    return [both]
+    return both
 
 
 def _plain_cases(inputs: _Inputs) -> Iterator[tuple[str, list[Call]]]:
@@ -415,8 +479,11 @@ def _plain_cases(inputs: _Inputs) -> Iterator[tuple[str, list[Call]]]:
     }
     for name, mask in masks.items():
         mask = None if mask is None else mask.to(inputs.device)
-        yield name, [inputs.call("x", x=x, attn_mask=mask, freqs=freqs)]
-    yield "one token", [inputs.call("x", x=inputs.tokens(1), freqs=inputs.freqs(1))]
+        tokens = ["x"] if name in ("no mask", "a mask of keys") else []
+        yield name, inputs.call(*tokens, x=x, attn_mask=mask, freqs=freqs), name == "no mask"
+    yield "one token", inputs.call(x=inputs.tokens(1), freqs=inputs.freqs(1)), False
+    if inputs.dtype in (torch.float32, torch.float64):
+        yield "large tokens", inputs.call(x=LARGE * x, freqs=freqs), False
 
 
 def _perceiver_cases(inputs: _Inputs, branches: Sequence[str]) -> Iterator[tuple[str, list[Call]]]:
@@ -432,8 +499,10 @@ def _perceiver_cases(inputs: _Inputs, branches: Sequence[str]) -> Iterator[tuple
         x, q_freqs, k_freqs = inputs.tokens(n), inputs.freqs(n), inputs.freqs(7)
         mask = ((_random(BATCH, 1, 1, 7) > -0.5) | (torch.arange(7, device="cpu") == 0)).to(inputs.device)
         arguments = {"q": x, "token_specs": groups, "kv": kv, "q_freqs": q_freqs, "k_freqs": k_freqs}
-        yield name, [inputs.call("q", "kv", **arguments)]
-        yield f"{name} and a mask", [inputs.call(attn_mask=mask, **arguments)]
+        yield name, inputs.call("q", "kv", **arguments), True
+        yield f"{name} and a mask", inputs.call(attn_mask=mask, **arguments), False
+        if inputs.dtype in (torch.float32, torch.float64):
+            yield f"{name} and large tokens", inputs.call(**{**arguments, "q": LARGE * x, "kv": LARGE * kv}), False
         if "kv_cache" in inputs.names:
             cached = {"q": inputs.tokens(n), "token_specs": groups, "q_freqs": q_freqs}
 
@@ -441,4 +510,4 @@ def _perceiver_cases(inputs: _Inputs, branches: Sequence[str]) -> Iterator[tuple
                 whole = inputs.call(**arguments)(module)
                 return whole, inputs.call(kv_cache=whole[0][1], **cached)(module)
 
-            yield f"{name} and a cache", [both]
+            yield f"{name} and a cache", both, False
