@@ -33,7 +33,7 @@ def test_figures_of_the_example_come_from_its_raw_files() -> None:
     flat = " ".join(README.split())
     for mode, pattern in {
         "short": r"within ([\d.]+) % and the velocity around the body within ([\d.]+) %",
-        "full": r"half an hour reaches ([\d.]+) % and ([\d.]+) %",
+        "full": r"a larger model reaches ([\d.]+) % and ([\d.]+) %",
     }.items():
         metrics = json.loads((ROOT / "examples" / "airfoil" / "results" / mode / "metrics.json").read_text())
         errors = metrics["relative_l2_error_unseen"]
