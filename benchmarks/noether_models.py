@@ -324,6 +324,12 @@ def write(folder: Path, about: dict[str, Any], records: list[dict[str, Any]]) ->
     (folder / "noether_models.md").write_text("\n".join([*heading, "", *table(records)]) + "\n")
 
 
+def _chosen(name: str, asked: list[str]) -> bool:
+    """Whether a case is asked for: by its whole name, or by a part that is no other case's whole name."""
+    names = {case.name for case in CASES}
+    return any(part == name or (part not in names and part in name) for part in asked)
+
+
 def main() -> None:
     """Runs the cases and writes the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -331,7 +337,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dim", type=int, default=192)
     parser.add_argument("--heads", type=int, default=3)
-    parser.add_argument("--case", action="append", help="part of a case's name; all by default")
+    parser.add_argument("--case", action="append", help="a case's name, or part of several; all by default")
     parser.add_argument("--results", type=Path, help="where to write; the device's folder in benchmarks/results")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -345,7 +351,7 @@ def main() -> None:
     }
     records: list[dict[str, Any]] = []
     for case in CASES:
-        if arguments.case and not any(part in case.name for part in arguments.case):
+        if arguments.case and not _chosen(case.name, arguments.case):
             continue
         torch.manual_seed(0)
         model = build_model(case, arguments.dim, arguments.heads)
