@@ -67,7 +67,8 @@ def _model_row(dtype: str, records: Sequence[dict[str, Any]]) -> list[str]:
         [ratios(*(record["seconds"][name][key] for key in ("before", "after")))[1] for record in records]
         for name in COLUMNS.values()
     ]
-    return [f"whole AB-UPT model, {dtype}, {len(records)} variants", "the package `noether`", *map(_cell, speedups)]
+    variants = f"{len(records)} variant{'s' if len(records) > 1 else ''}"
+    return [f"whole AB-UPT model, {dtype}, {variants}", "the package `noether`", *map(_cell, speedups)]
 
 
 def _module_row(dtype: str, peer: str, records: Iterable[dict[str, Any]]) -> list[str]:
