@@ -84,7 +84,7 @@ class Problem {
 
   void forward() {
     const AttentionParams& f = params_.forward;
-    const int64_t step = steps_.forward_tile_queries(kType);
+    const int64_t step = steps_.forward_tile_queries(f.head_dim, kType);
     for (int64_t q = 0; q < f.n_queries; q += step) {
       ForwardTile tile{};
       tile.params = &f;

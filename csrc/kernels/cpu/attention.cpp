@@ -46,7 +46,7 @@ class Forward {
         schedule_(params, kernels_),
         threads_(schedule_.threads(executor, 4)),
         planes_(schedule_.all_planes()),
-        tile_queries_(kernels_.forward_tile_queries(params.dtype)),
+        tile_queries_(kernels_.forward_tile_queries(params.head_dim, params.dtype)),
         tiles_(schedule_.tiles(planes_, tile_queries_, /*with_gaps=*/true)) {
     double reads = 0;
     for (const Tile& tile : tiles_) reads += static_cast<double>(tile.n_keys);

@@ -111,7 +111,7 @@ struct RopeBackwardTokens {
 
 // The steps whose operands are laid out to their own taste.
 struct ProductKernels {
-  int64_t (*forward_tile_queries)(ScalarType dtype);
+  int64_t (*forward_tile_queries)(int64_t head_dim, ScalarType dtype);
   int64_t (*backward_tile_queries)(ScalarType dtype);
   int64_t (*key_alignment)(ScalarType dtype);  // elements of the summed axis in one operand
   int64_t (*packed_row_bytes)(int64_t head_dim, ScalarType dtype);

@@ -1,7 +1,5 @@
 // Backward of one tile of queries on tile registers against a slice of its keys:
 //   Pᵀ = 2^(Sᵀ − lse)        dSᵀ = Pᵀ · (V dOᵀ − delta)        dV += Pᵀ dO        dK += dSᵀ Q        dQᵀ += Kᵀ dSᵀ
-// As in the forward three chunks of keys are in flight: the vectors form P and dS of one from S and V dOᵀ, while the
-// tile registers form those of the next and the gradients of the last.
 #pragma once
 
 #include "kernels/cpu/amx/tile_rows.h"
@@ -23,38 +21,36 @@ struct TileBackwardScratch {
     q_stack = scratch.take<BFloat16Pair>(kParts * kQueries / 2 * padded);
     grad_out_stack = scratch.take<BFloat16Pair>(kParts * kQueries / 2 * padded);
     grad_q_panel = scratch.take<float>(padded * kQueries);
-    for (int i = 0; i < 2; ++i) {
-      scores[i] = scratch.take<float>(kChunkKeys * kQueries);
-      grad_probabilities[i] = scratch.take<float>(kChunkKeys * kQueries);
-      probability_rows[i] = scratch.take<BFloat16>(kParts * kChunkKeys * kQueries);
-      grad_score_rows[i] = scratch.take<BFloat16>(kParts * kChunkKeys * kQueries);
-      grad_score_pairs[i] = scratch.take<BFloat16Pair>(kParts * kChunkKeys / 2 * kQueries);
-    }
+    scores = scratch.take<float>(kChunkKeys * kQueries);
+    grad_probabilities = scratch.take<float>(kChunkKeys * kQueries);
+    probability_rows = scratch.take<BFloat16>(kParts * kChunkKeys * kQueries);
+    grad_score_rows = scratch.take<BFloat16>(kParts * kChunkKeys * kQueries);
+    grad_score_pairs = scratch.take<BFloat16Pair>(kParts * kChunkKeys / 2 * kQueries);
     lse = scratch.take<float>(kQueries);
     delta = scratch.take<float>(kQueries);
   }
 
   Scratch scratch;
-  float* q_rows;                      // [tile_queries, padded_head_dim], rotated
-  float* grad_out_rows;               // [tile_queries, padded_head_dim]
-  BFloat16Pair* q_panel;              // [parts, padded_head_dim / 2, tile_queries]
-  BFloat16Pair* grad_out_panel;       // [parts, padded_head_dim / 2, tile_queries]
-  BFloat16Pair* q_stack;              // [parts, tile_queries / 2, padded_head_dim]
-  BFloat16Pair* grad_out_stack;       // [parts, tile_queries / 2, padded_head_dim]
-  float* grad_q_panel;                // [padded_head_dim, tile_queries]
-  float* scores[2];                   // [chunk_keys, tile_queries], without scale
-  float* grad_probabilities[2];       // [chunk_keys, tile_queries]
-  BFloat16* probability_rows[2];      // [parts, chunk_keys, tile_queries]
-  BFloat16* grad_score_rows[2];       // [parts, chunk_keys, tile_queries]
-  BFloat16Pair* grad_score_pairs[2];  // [parts, chunk_keys / 2, tile_queries]
-  float* lse;                         // [tile_queries], in units of log 2; +inf makes a row's probabilities 0
-  float* delta;                       // [tile_queries], Σ_d dO · O − grad_lse
+  float* q_rows;                   // [tile_queries, padded_head_dim], rotated
+  float* grad_out_rows;            // [tile_queries, padded_head_dim]
+  BFloat16Pair* q_panel;           // [parts, padded_head_dim / 2, tile_queries]
+  BFloat16Pair* grad_out_panel;    // [parts, padded_head_dim / 2, tile_queries]
+  BFloat16Pair* q_stack;           // [parts, tile_queries / 2, padded_head_dim]
+  BFloat16Pair* grad_out_stack;    // [parts, tile_queries / 2, padded_head_dim]
+  float* grad_q_panel;             // [padded_head_dim, tile_queries]
+  float* scores;                   // [chunk_keys, tile_queries], without scale
+  float* grad_probabilities;       // [chunk_keys, tile_queries]
+  BFloat16* probability_rows;      // [parts, chunk_keys, tile_queries]
+  BFloat16* grad_score_rows;       // [parts, chunk_keys, tile_queries]
+  BFloat16Pair* grad_score_pairs;  // [parts, chunk_keys / 2, tile_queries]
+  float* lse;                      // [tile_queries], in units of log 2; +inf makes a row's probabilities 0
+  float* delta;                    // [tile_queries], Σ_d dO · O − grad_lse
 };
 
 // P and dS of two keys and 2 · kLanes queries. A key that does not exist has neither.
 template <int kParts>
-ANCHOR_ATTENTION_INLINE void grad_scores_of_pair(const TileBackwardScratch<kParts>& s, int buffer, int64_t key,
-                                                 int64_t n_keys, int64_t column, float factor) {
+ANCHOR_ATTENTION_INLINE void grad_scores_of_pair(const TileBackwardScratch<kParts>& s, int64_t key, int64_t n_keys,
+                                                 int64_t column, float factor) {
   constexpr int64_t kQueries = kBackwardTileQueries;
   constexpr int kWidth = kLanes<float>;
   Vector<float> grad_scores[2][2];
@@ -65,38 +61,26 @@ ANCHOR_ATTENTION_INLINE void grad_scores_of_pair(const TileBackwardScratch<kPart
     if (key + i < n_keys) {
       for (int j = 0; j < 2; ++j) {
         const int64_t at = row + j * kWidth;
-        probabilities[j] = exp2(load(s.scores[buffer] + at) * factor - load(s.lse + column + j * kWidth));
-        grad_scores[i][j] =
-            probabilities[j] * (load(s.grad_probabilities[buffer] + at) - load(s.delta + column + j * kWidth));
+        probabilities[j] = exp2(load(s.scores + at) * factor - load(s.lse + column + j * kWidth));
+        grad_scores[i][j] = probabilities[j] * (load(s.grad_probabilities + at) - load(s.delta + column + j * kWidth));
       }
     }
-    store_row_parts<kParts>(s.probability_rows[buffer] + row, kChunkKeys * kQueries, probabilities[0],
-                            probabilities[1]);
-    store_row_parts<kParts>(s.grad_score_rows[buffer] + row, kChunkKeys * kQueries, grad_scores[i][0],
-                            grad_scores[i][1]);
+    store_row_parts<kParts>(s.probability_rows + row, kChunkKeys * kQueries, probabilities[0], probabilities[1]);
+    store_row_parts<kParts>(s.grad_score_rows + row, kChunkKeys * kQueries, grad_scores[i][0], grad_scores[i][1]);
   }
   for (int j = 0; j < 2; ++j) {
-    store_pair_parts<kParts>(s.grad_score_pairs[buffer] + key / 2 * kQueries + column + j * kWidth,
-                             kChunkKeys / 2 * kQueries, grad_scores[0][j], grad_scores[1][j]);
+    store_pair_parts<kParts>(s.grad_score_pairs + key / 2 * kQueries + column + j * kWidth, kChunkKeys / 2 * kQueries,
+                             grad_scores[0][j], grad_scores[1][j]);
   }
 }
 
-// P and dS of a chunk for the tile's first `columns` queries, stepping through the queue meanwhile.
-template <typename Queue, int kParts>
-ANCHOR_ATTENTION_INLINE void grad_scores_of_chunk(const TileBackwardScratch<kParts>& s, int buffer, int64_t n_keys,
-                                                  int64_t columns, float factor, Queue& queue) {
-  constexpr int64_t kGroupKeys = 8;
-  constexpr int64_t kGroupQueries = 2 * kLanes<float>;
+// P and dS of a chunk for the tile's first `columns` queries.
+template <int kParts>
+ANCHOR_ATTENTION_NOINLINE void grad_scores_of_chunk(const TileBackwardScratch<kParts>& s, int64_t n_keys,
+                                                    int64_t columns, float factor) {
   const int64_t rows = round_up_to_tile_block(n_keys);
-  const int64_t groups = columns / kGroupQueries * (rows / kGroupKeys);
-  const int64_t steps_per_group = (queue.steps() + groups - 1) / groups;
-  for (int64_t column = 0; column < columns; column += kGroupQueries) {
-    for (int64_t group = 0; group < rows; group += kGroupKeys) {
-      for (int64_t i = 0; i < steps_per_group; ++i) queue.step();
-      for (int64_t key = group; key < group + kGroupKeys; key += 2) {
-        grad_scores_of_pair(s, buffer, key, n_keys, column, factor);
-      }
-    }
+  for (int64_t column = 0; column < columns; column += 2 * kLanes<float>) {
+    for (int64_t key = 0; key < rows; key += 2) grad_scores_of_pair(s, key, n_keys, column, factor);
   }
 }
 
@@ -110,7 +94,7 @@ ANCHOR_ATTENTION_INLINE void add_tile_grad_q(const BackwardTile& tile, const Til
   }
 }
 
-// The products of a tile's chunks, each as the queue takes it.
+// The products of a tile's chunks.
 template <int kParts>
 struct BackwardProducts {
   const BackwardTile& tile;
@@ -143,9 +127,9 @@ struct BackwardProducts {
             true};
   }
 
-  TileProduct grad_q(const KeyChunk& chunk, int buffer) const {
+  TileProduct grad_q(const KeyChunk& chunk) const {
     return {key_stack<kParts>(tile.k_stack, chunk.key, padded),
-            scratch_pairs(s.grad_score_pairs[buffer], kChunkKeys / 2, kQueries),
+            scratch_pairs(s.grad_score_pairs, kChunkKeys / 2, kQueries),
             s.grad_q_panel,
             kQueries * 4,
             padded / kTileBlock,
@@ -154,22 +138,22 @@ struct BackwardProducts {
             true};
   }
 
-  template <typename Queue>
-  ANCHOR_ATTENTION_INLINE void add_scores(const KeyChunk& chunk, int buffer, Queue& queue) const {
-    queue.add(sum_over_head(tile.k_rows, s.q_panel, chunk, s.scores[buffer]));
+  template <typename Tiles>
+  void form_scores(const KeyChunk& chunk) const {
+    multiply_tiles<Tiles, kParts>(sum_over_head(tile.k_rows, s.q_panel, chunk, s.scores));
     if (tile.grad_q == nullptr && tile.grad_k_rows == nullptr) return;
-    queue.add(sum_over_head(tile.v_rows, s.grad_out_panel, chunk, s.grad_probabilities[buffer]));
+    multiply_tiles<Tiles, kParts>(sum_over_head(tile.v_rows, s.grad_out_panel, chunk, s.grad_probabilities));
   }
 
-  template <typename Queue>
-  ANCHOR_ATTENTION_INLINE void add_gradients(const KeyChunk& chunk, int buffer, Queue& queue) const {
+  template <typename Tiles>
+  void add_gradients(const KeyChunk& chunk) const {
     if (tile.grad_v_rows != nullptr) {
-      queue.add(sum_over_queries(s.probability_rows[buffer], s.grad_out_stack, chunk, tile.grad_v_rows));
+      multiply_tiles<Tiles, kParts>(sum_over_queries(s.probability_rows, s.grad_out_stack, chunk, tile.grad_v_rows));
     }
     if (tile.grad_k_rows != nullptr) {
-      queue.add(sum_over_queries(s.grad_score_rows[buffer], s.q_stack, chunk, tile.grad_k_rows));
+      multiply_tiles<Tiles, kParts>(sum_over_queries(s.grad_score_rows, s.q_stack, chunk, tile.grad_k_rows));
     }
-    if (tile.grad_q != nullptr) queue.add(grad_q(chunk, buffer));
+    if (tile.grad_q != nullptr) multiply_tiles<Tiles, kParts>(grad_q(chunk));
   }
 };
 
@@ -181,9 +165,9 @@ void tile_backward(const BackwardTile& tile) {
   const int64_t padded = round_up_to_tile_block(f.head_dim);
   const int64_t columns = round_up_to_tile_block(tile.n_queries);
   const TileBackwardScratch<kParts> s(tile.scratch, padded);
-  KeyChunks chunks(tile.key_ranges, tile.n_key_ranges, tile.key_begin, tile.key_end);
-  KeyChunk current = chunks.next();
-  if (current.n_keys == 0) return;
+  KeyChunks chunks(tile.key_ranges, tile.n_key_ranges, tile.key_begin, tile.key_end, kChunkKeys);
+  KeyChunk chunk = chunks.next();
+  if (chunk.n_keys == 0) return;
 
   load_queries<Storage>(f, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.q_rows);
   load_statistics<Storage>(tile, columns, padded, s.grad_out_rows, s.lse, s.delta);
@@ -196,25 +180,11 @@ void tile_backward(const BackwardTile& tile) {
   const float factor = static_cast<float>(f.scale * kLog2E);
   const BackwardProducts<kParts> products{tile, s, padded, columns / kTileBlock};
   Tiles::configure(full_tiles());
-  TileQueue<Tiles, kParts> queue;
-  KeyChunk last{0, 0};
-  int buffer = 0;
-  products.add_scores(current, buffer, queue);
-  queue.finish();
-  while (current.n_keys > 0) {
-    const KeyChunk next = chunks.next();
-    queue.clear();
-    products.add_scores(next, 1 - buffer, queue);
-    products.add_gradients(last, 1 - buffer, queue);
-    grad_scores_of_chunk(s, buffer, current.n_keys, columns, factor, queue);
-    queue.finish();
-    last = current;
-    current = next;
-    buffer = 1 - buffer;
+  for (; chunk.n_keys > 0; chunk = chunks.next()) {
+    products.template form_scores<Tiles>(chunk);
+    grad_scores_of_chunk(s, chunk.n_keys, columns, factor);
+    products.template add_gradients<Tiles>(chunk);
   }
-  queue.clear();
-  products.add_gradients(last, 1 - buffer, queue);
-  queue.finish();
   Tiles::release();
   if (tile.grad_q != nullptr) add_tile_grad_q(tile, s);
 }

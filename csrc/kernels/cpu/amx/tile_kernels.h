@@ -10,7 +10,8 @@ namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 template <typename Tiles, int kParts>
 constexpr ProductKernels tile_product_kernels() {
   return {
-      .forward_tile_queries = [](ScalarType) { return kForwardTileQueries; },
+      .forward_tile_queries = [](int64_t head_dim,
+                                 ScalarType) { return forward_tile_queries(round_up_to_tile_block(head_dim)); },
       .backward_tile_queries = [](ScalarType) { return kBackwardTileQueries; },
       .key_alignment = [](ScalarType) { return kTileBlock; },
       .packed_row_bytes =

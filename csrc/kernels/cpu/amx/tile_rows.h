@@ -13,11 +13,82 @@ namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 template <int kParts>
 using TileStorage = std::conditional_t<kParts == 1, BFloat16, float>;
 
-// The part's element, and the rest in its place.
-ANCHOR_ATTENTION_INLINE BFloat16 take_part(float& value) {
-  const BFloat16 part = narrow<BFloat16>(value);
-  value -= widen(part);
-  return part;
+// kLanes elements of a row from d on; beyond its n elements, zeros.
+template <typename Storage>
+ANCHOR_ATTENTION_INLINE Vector<float> load_widened(const Storage* row, int64_t d, int64_t n) {
+  float piece[kLanes<float>];
+  if (row != nullptr && d + kLanes<float> <= n) {
+    for (int i = 0; i < kLanes<float>; ++i) piece[i] = widen(row[d + i]);
+  } else {
+    for (int i = 0; i < kLanes<float>; ++i) piece[i] = row != nullptr && d + i < n ? widen(row[d + i]) : 0.0f;
+  }
+  return load(piece);
+}
+
+// Stores two vectors as pairs, element by element side by side; of two parts, the second one `part` pairs behind.
+template <int kParts>
+ANCHOR_ATTENTION_INLINE void store_pair_parts(BFloat16Pair* target, int64_t part, Vector<float> first,
+                                              Vector<float> second) {
+  store_pairs(target, first, second);
+  if constexpr (kParts == 2) {
+    store_pairs(target + part, rounding_remainder(first), rounding_remainder(second));
+  }
+}
+
+// Stores two vectors one behind the other; of two parts, the second one `part` elements behind.
+template <int kParts>
+ANCHOR_ATTENTION_INLINE void store_row_parts(BFloat16* target, int64_t part, Vector<float> first,
+                                             Vector<float> second) {
+  store_rounded(target, first, second);
+  if constexpr (kParts == 2) {
+    store_rounded(target + part, rounding_remainder(first), rounding_remainder(second));
+  }
+}
+
+// A square of pairs, as many as a vector has lanes along both axes.
+constexpr int64_t kPairs = kLanes<float>;
+using PairSquare = BFloat16Pair[kPairs][kPairs];
+
+// Its columns become rows of `target`, `target_stride` pairs apart.
+ANCHOR_ATTENTION_INLINE void store_transposed(const PairSquare& square, BFloat16Pair* target, int64_t target_stride) {
+  Vector<float> block[kPairs];
+  for (int i = 0; i < kPairs; ++i) block[i] = load(reinterpret_cast<const float*>(square[i]));
+  transpose_block<float>(block);
+  for (int i = 0; i < kPairs; ++i) store(reinterpret_cast<float*>(target + i * target_stride), block[i]);
+}
+
+template <int kParts>
+ANCHOR_ATTENTION_INLINE void pack_tile_row(const TileStorage<kParts>* row, int64_t head_dim, int64_t padded,
+                                           BFloat16* target) {
+  if (kParts == 1 && row != nullptr) {
+    std::memcpy(target, row, head_dim * sizeof(BFloat16));
+    std::memset(target + head_dim, 0, (padded - head_dim) * sizeof(BFloat16));
+    return;
+  }
+  for (int64_t d = 0; d < padded; d += 2 * kPairs) {
+    store_row_parts<kParts>(target + d, padded, load_widened(row, d, head_dim),
+                            load_widened(row, d + kPairs, head_dim));
+  }
+}
+
+// 32 keys → [padded, 32 keys].
+template <int kParts>
+ANCHOR_ATTENTION_INLINE void pack_tile_stack(const TileStorage<kParts>* const (&rows)[kTileBlock], int64_t head_dim,
+                                             int64_t padded, BFloat16* target) {
+  constexpr int64_t kBlockPairs = kTileBlock / 2;
+  auto* const pairs = reinterpret_cast<BFloat16Pair*>(target);  // [parts, padded, kBlockPairs]
+  PairSquare squares[kParts];
+  for (int64_t d = 0; d < padded; d += kPairs) {
+    for (int64_t first = 0; first < kBlockPairs; first += kPairs) {
+      for (int64_t i = 0; i < kPairs; ++i) {
+        store_pair_parts<kParts>(squares[0][i], kPairs * kPairs, load_widened(rows[2 * (first + i)], d, head_dim),
+                                 load_widened(rows[2 * (first + i) + 1], d, head_dim));
+      }
+      for (int64_t n = 0; n < kParts; ++n) {
+        store_transposed(squares[n], pairs + (n * padded + d) * kBlockPairs + first, kBlockPairs);
+      }
+    }
+  }
 }
 
 // Keys or values as operand A, padded to 32 elements of the head. Summed along the row: rows. Summed over the rows:
@@ -26,19 +97,20 @@ template <int kParts>
 void pack_tile_rows(const PackRows& p) {
   using Storage = TileStorage<kParts>;
   const int64_t padded = round_up_to_tile_block(p.head_dim);
-  const bool stacked = p.layout == PackedLayout::stack;
   BFloat16* const packed = static_cast<BFloat16*>(p.packed);
-  const int64_t step = stacked ? kTileBlock : 1;
-  const int64_t part = stacked ? padded * kTileBlock : padded;
-  for (int64_t i = 0; i < p.n_rows; ++i) {
+  const auto source = [&](int64_t i) {
     const int32_t index = p.indices[i];
-    const Storage* row = index < 0 ? nullptr : static_cast<const Storage*>(p.source) + index * p.source_stride;
-    BFloat16* target = stacked ? packed + (i / kTileBlock * padded * kParts * kTileBlock + i % kTileBlock)
-                               : packed + i * padded * kParts;
-    for (int64_t d = 0; d < padded; ++d) {
-      float value = row != nullptr && d < p.head_dim ? widen(row[d]) : 0.0f;
-      for (int n = 0; n < kParts; ++n) target[d * step + n * part] = take_part(value);
-    }
+    return index < 0 ? nullptr : static_cast<const Storage*>(p.source) + index * p.source_stride;
+  };
+  if (p.layout == PackedLayout::rows) {
+    for (int64_t i = 0; i < p.n_rows; ++i)
+      pack_tile_row<kParts>(source(i), p.head_dim, padded, packed + i * padded * kParts);
+    return;
+  }
+  for (int64_t block = 0; block < p.n_rows; block += kTileBlock) {
+    const Storage* rows[kTileBlock];
+    for (int64_t i = 0; i < kTileBlock; ++i) rows[i] = source(block + i);
+    pack_tile_stack<kParts>(rows, p.head_dim, padded, packed + block * padded * kParts);
   }
 }
 
@@ -74,14 +146,17 @@ inline TileOperand scratch_pairs(const BFloat16Pair* data, int64_t pair_rows, in
 template <int kParts>
 ANCHOR_ATTENTION_INLINE void to_tile_panel(const float* rows, int64_t n_rows, int64_t padded, int64_t columns,
                                            BFloat16Pair* panel) {
-  for (int64_t d = 0; d < padded; d += 2) {
-    for (int64_t i = 0; i < columns; ++i) {
-      float first = i < n_rows ? rows[i * padded + d] : 0.0f;
-      float second = i < n_rows ? rows[i * padded + d + 1] : 0.0f;
-      for (int n = 0; n < kParts; ++n) {
-        BFloat16Pair& target = panel[(n * padded / 2 + d / 2) * columns + i];
-        target.values[0] = take_part(first);
-        target.values[1] = take_part(second);
+  PairSquare squares[kParts];
+  for (int64_t column = 0; column < columns; column += kPairs) {
+    for (int64_t d = 0; d < padded; d += 2 * kPairs) {
+      for (int64_t i = 0; i < kPairs; ++i) {
+        const float* row = rows + (column + i) * padded + d;
+        const bool exists = column + i < n_rows;
+        store_row_parts<kParts>(squares[0][i][0].values, 2 * kPairs * kPairs, exists ? load(row) : Vector<float>{},
+                                exists ? load(row + kPairs) : Vector<float>{});
+      }
+      for (int64_t n = 0; n < kParts; ++n) {
+        store_transposed(squares[n], panel + (n * padded + d) / 2 * columns + column, columns);
       }
     }
   }
@@ -92,35 +167,11 @@ template <int kParts>
 ANCHOR_ATTENTION_INLINE void to_tile_stack(const float* rows, int64_t n_rows, int64_t padded, int64_t columns,
                                            BFloat16Pair* stack) {
   for (int64_t i = 0; i < columns; i += 2) {
-    for (int64_t d = 0; d < padded; ++d) {
-      float first = i < n_rows ? rows[i * padded + d] : 0.0f;
-      float second = i + 1 < n_rows ? rows[(i + 1) * padded + d] : 0.0f;
-      for (int n = 0; n < kParts; ++n) {
-        BFloat16Pair& target = stack[(n * columns / 2 + i / 2) * padded + d];
-        target.values[0] = take_part(first);
-        target.values[1] = take_part(second);
-      }
+    for (int64_t d = 0; d < padded; d += kPairs) {
+      store_pair_parts<kParts>(stack + i / 2 * padded + d, columns / 2 * padded,
+                               i < n_rows ? load(rows + i * padded + d) : Vector<float>{},
+                               i + 1 < n_rows ? load(rows + (i + 1) * padded + d) : Vector<float>{});
     }
-  }
-}
-
-// Stores two vectors as pairs, element by element side by side; of two parts, the second one `part` pairs behind.
-template <int kParts>
-ANCHOR_ATTENTION_INLINE void store_pair_parts(BFloat16Pair* target, int64_t part, Vector<float> first,
-                                              Vector<float> second) {
-  store_pairs(target, first, second);
-  if constexpr (kParts == 2) {
-    store_pairs(target + part, rounding_remainder(first), rounding_remainder(second));
-  }
-}
-
-// Stores two vectors one behind the other; of two parts, the second one `part` elements behind.
-template <int kParts>
-ANCHOR_ATTENTION_INLINE void store_row_parts(BFloat16* target, int64_t part, Vector<float> first,
-                                             Vector<float> second) {
-  store_rounded(target, first, second);
-  if constexpr (kParts == 2) {
-    store_rounded(target + part, rounding_remainder(first), rounding_remainder(second));
   }
 }
 
@@ -132,8 +183,8 @@ struct KeyChunk {
 
 class KeyChunks {
  public:
-  KeyChunks(const int32_t* ranges, int64_t n_ranges, int64_t begin, int64_t end)
-      : ranges_(ranges), n_ranges_(n_ranges), begin_(begin), end_(end) {}
+  KeyChunks(const int32_t* ranges, int64_t n_ranges, int64_t begin, int64_t end, int64_t chunk_keys)
+      : ranges_(ranges), n_ranges_(n_ranges), begin_(begin), end_(end), chunk_keys_(chunk_keys) {}
 
   KeyChunk next() {
     for (; range_ < n_ranges_; ++range_, key_ = 0) {
@@ -141,7 +192,7 @@ class KeyChunks {
       const int64_t last = ranges_[2 * range_ + 1] < end_ ? ranges_[2 * range_ + 1] : end_;
       if (key_ < first) key_ = first;
       if (key_ >= last) continue;
-      const KeyChunk chunk{key_, last - key_ < kChunkKeys ? last - key_ : kChunkKeys};
+      const KeyChunk chunk{key_, last - key_ < chunk_keys_ ? last - key_ : chunk_keys_};
       key_ += chunk.n_keys;
       return chunk;
     }
@@ -153,6 +204,7 @@ class KeyChunks {
   int64_t n_ranges_;
   int64_t begin_;
   int64_t end_;
+  int64_t chunk_keys_;
   int64_t range_ = 0;
   int64_t key_ = 0;
 };

@@ -28,7 +28,7 @@ extern const Kernels kKernels{
     .name = ANCHOR_ATTENTION_NAME(ANCHOR_ATTENTION_ISA),
     .products =
         {
-            .forward_tile_queries = tile_queries,
+            .forward_tile_queries = [](int64_t, ScalarType dtype) { return tile_queries(dtype); },
             .backward_tile_queries = tile_queries,
             .key_alignment = key_alignment,
             .packed_row_bytes = packed_row_bytes,

@@ -328,6 +328,30 @@ ANCHOR_ATTENTION_INLINE Vector<float> rounding_remainder(Vector<float> value) {
   return value - reinterpret_cast<Vector<float>>(rounded);
 }
 
+// A vector in the type of the tensor. Loops over `narrow` of a vector's lanes are not vectorised.
+ANCHOR_ATTENTION_INLINE void store_narrow(float* target, Vector<float> value) { store(target, value); }
+
+ANCHOR_ATTENTION_INLINE void store_narrow(BFloat16* target, Vector<float> value) {
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  using Bits = VectorTypes<float>::Bits;
+  const Bits bits = reinterpret_cast<Bits>(value);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits nan = (bits >> 16) | 0x40u;
+  const Halves halves = __builtin_convertvector(value != value ? nan : rounded, Halves);
+  std::memcpy(target, &halves, sizeof(halves));
+}
+
+// Whether some lane differs.
+ANCHOR_ATTENTION_INLINE bool any_differs(Vector<float> a, Vector<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NEQ_UQ) != 0;
+#else
+  bool differs = false;
+  for (int i = 0; i < kLanes<float>; ++i) differs |= a[i] != b[i];
+  return differs;
+#endif
+}
+
 // Calls function(Storage{}) for the storage type of `dtype`.
 template <typename Function>
 ANCHOR_ATTENTION_INLINE auto dispatch(ScalarType dtype, Function&& function) {
