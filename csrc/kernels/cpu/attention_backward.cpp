@@ -109,6 +109,8 @@ class Backward {
       begin_group();
       if (has_few_tiles()) {
         run_slices();
+      } else if (has_few_keys()) {
+        run_apart();
       } else {
         for (int64_t phase = 0; phase < threads_; ++phase) run_phase(phase);
       }
@@ -173,7 +175,8 @@ class Backward {
       const int64_t slice = (thread + phase) % threads_;
       for (int64_t i = tile_bounds_[thread]; i < tile_bounds_[thread + 1] && !executor_.stops(); ++i) {
         const Tile& tile = tiles_[i];
-        run_tile(tile, slice, thread, grad_q_sums(tile.batch, tile.head, tile.q_begin), grad_q_stride());
+        run_tile(tile, slice_of(tile, slice), thread, grad_q_sums(tile.batch, tile.head, tile.q_begin), grad_q_stride(),
+                 grad_k_rows_.get(), grad_v_rows_.get());
       }
     });
   }
@@ -195,7 +198,8 @@ class Backward {
     };
     executor_.run(threads_, [&](int64_t thread) {
       for (int64_t i = 0; i < n_tiles && !executor_.stops(); ++i) {
-        run_tile(tiles_[i], thread, thread, wants_grad_q_ ? sums_of(thread, i) : nullptr, p_.head_dim);
+        run_tile(tiles_[i], slice_of(tiles_[i], thread), thread, wants_grad_q_ ? sums_of(thread, i) : nullptr,
+                 p_.head_dim, grad_k_rows_.get(), grad_v_rows_.get());
       }
     });
     if (!wants_grad_q_) return;
@@ -207,6 +211,51 @@ class Backward {
     });
   }
 
+  // Too few keys for slices that make up for the set-up of a tile, which every slice of its keys repeats.
+  bool has_few_keys() const {
+    constexpr int64_t kMinSliceKeys = 256;
+    const int64_t planes = planes_.end - planes_.begin, rows = schedule_.n_rows(planes_);
+    // Sums of every thread take no more memory than the queries.
+    return threads_ > 1 && rows < kMinSliceKeys * threads_ * planes && rows * threads_ <= p_.n_queries * planes;
+  }
+
+  // Every thread owns a run of query tiles, and sums of all keys' gradients, which are added in the order of the
+  // threads.
+  void run_apart() {
+    const int64_t bytes = schedule_.n_rows(planes_) * schedule_.sum_row_bytes();
+    const Buffer k_sums = allocate(grad_k_rows_ ? (threads_ - 1) * bytes : 0);
+    const Buffer v_sums = allocate(grad_v_rows_ ? (threads_ - 1) * bytes : 0);
+    const auto sums_of = [&](const Buffer& rows, const Buffer& sums, int64_t thread) -> char* {
+      return !rows ? nullptr : thread == 0 ? rows.get() : sums.get() + (thread - 1) * bytes;
+    };
+    executor_.run(threads_, [&](int64_t thread) {
+      char* const grad_k = sums_of(grad_k_rows_, k_sums, thread);
+      char* const grad_v = sums_of(grad_v_rows_, v_sums, thread);
+      if (thread > 0 && grad_k != nullptr) std::memset(grad_k, 0, bytes);
+      if (thread > 0 && grad_v != nullptr) std::memset(grad_v, 0, bytes);
+      for (int64_t i = tile_bounds_[thread]; i < tile_bounds_[thread + 1] && !executor_.stops(); ++i) {
+        const Tile& tile = tiles_[i];
+        const auto n_rows = static_cast<int32_t>(schedule_.keys(tile.batch).source.size());
+        run_tile(tile, {0, n_rows}, thread, grad_q_sums(tile.batch, tile.head, tile.q_begin), grad_q_stride(), grad_k,
+                 grad_v);
+      }
+    });
+    for (int64_t thread = 1; thread < threads_; ++thread) {
+      for (const auto& [rows, sums] : {std::pair(&grad_k_rows_, &k_sums), {&grad_v_rows_, &v_sums}}) {
+        if (!*rows) continue;
+        p_.dtype == ScalarType::float64 ? add_sums<double>(rows->get(), sums_of(*rows, *sums, thread), bytes)
+                                        : add_sums<float>(rows->get(), sums_of(*rows, *sums, thread), bytes);
+      }
+    }
+  }
+
+  template <typename T>
+  void add_sums(char* rows, const char* sums, int64_t bytes) const {
+    T* target = reinterpret_cast<T*>(rows);
+    const T* source = reinterpret_cast<const T*>(sums);
+    for (int64_t i = 0; i < bytes / static_cast<int64_t>(sizeof(T)); ++i) target[i] += source[i];
+  }
+
   template <typename T>
   void add_grad_q(const Tile& tile, const char* sums) const {
     T* target = reinterpret_cast<T*>(grad_q_sums(tile.batch, tile.head, tile.q_begin));
@@ -216,10 +265,21 @@ class Backward {
     }
   }
 
-  void run_tile(const Tile& tile, int64_t slice, int64_t thread, char* grad_q, int64_t stride) const {
-    const KeyRangeTableView table = schedule_.keys(tile.batch).table.view();
+  struct KeySlice {
+    int32_t begin;
+    int32_t end;
+  };
+
+  KeySlice slice_of(const Tile& tile, int64_t slice) const {
     const std::vector<int32_t>& bounds = key_bounds_[schedule_.layout(tile.batch)];
-    if (!reads_any(table, tile.group, bounds[slice], bounds[slice + 1])) return;
+    return {bounds[slice], bounds[slice + 1]};
+  }
+
+  // `grad_k` and `grad_v` are sums for the planes of the group, or null.
+  void run_tile(const Tile& tile, KeySlice slice, int64_t thread, char* grad_q, int64_t stride, char* grad_k,
+                char* grad_v) const {
+    const KeyRangeTableView table = schedule_.keys(tile.batch).table.view();
+    if (!reads_any(table, tile.group, slice.begin, slice.end)) return;
     const int64_t row = schedule_.first_row(planes_, tile.batch, tile.head);
     const int64_t packed = row * schedule_.packed_row_bytes(), sums = row * schedule_.sum_row_bytes();
     kernels_.backward_tile({
@@ -233,12 +293,12 @@ class Backward {
         .v_rows = v_rows_.get() + packed,
         .key_ranges = table.k_ranges + 2 * table.k_offsets[tile.group],
         .n_key_ranges = table.k_offsets[tile.group + 1] - table.k_offsets[tile.group],
-        .key_begin = bounds[slice],
-        .key_end = bounds[slice + 1],
+        .key_begin = slice.begin,
+        .key_end = slice.end,
         .grad_q = grad_q,
         .grad_q_stride = stride,
-        .grad_k_rows = grad_k_rows_ ? grad_k_rows_.get() + sums : nullptr,
-        .grad_v_rows = grad_v_rows_ ? grad_v_rows_.get() + sums : nullptr,
+        .grad_k_rows = grad_k == nullptr ? nullptr : grad_k + sums,
+        .grad_v_rows = grad_v == nullptr ? nullptr : grad_v + sums,
         .scratch = scratch_.get() + thread * scratch_bytes_,
     });
   }
