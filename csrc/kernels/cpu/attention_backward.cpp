@@ -213,7 +213,7 @@ class Backward {
 
   // Too few keys for slices that make up for the set-up of a tile, which every slice of its keys repeats.
   bool has_few_keys() const {
-    constexpr int64_t kMinSliceKeys = 256;
+    constexpr int64_t kMinSliceKeys = 1024;
     const int64_t planes = planes_.end - planes_.begin, rows = schedule_.n_rows(planes_);
     // Sums of every thread take no more memory than the queries.
     return threads_ > 1 && rows < kMinSliceKeys * threads_ * planes && rows * threads_ <= p_.n_queries * planes;

@@ -168,7 +168,6 @@ ANCHOR_ATTENTION_INLINE void begin_forward_tile(const ForwardTile& tile, int64_t
     to_tile_panel<kParts>(s.rows + begin * s.padded, tile.n_queries - begin, s.padded, kBlockQueries,
                           s.q_panel_of(block));
   }
-  std::memset(s.out_panel, 0, blocks * s.padded * kBlockQueries * sizeof(float));
   // A finite start keeps −inf − (−inf) out of the exponent when every score so far is −inf.
   constexpr float kLowest = -1e38f;
   for (int64_t column = 0; column < blocks * kBlockQueries; column += kLanes<float>) {
@@ -189,6 +188,7 @@ void tile_forward(const ForwardTile& tile) {
 
   Tiles::configure(full_tiles());
   KeyChunks chunks(tile.key_ranges, tile.n_key_ranges, 0, INT32_MAX, s.chunk_keys);
+  bool has_outputs = !tile.first;
   for (KeyChunk chunk = chunks.next(); chunk.n_keys > 0; chunk = chunks.next()) {
     const TileOperand keys = key_rows<kParts>(tile.k_rows, chunk.key, s.padded);
     const TileOperand values = key_stack<kParts>(tile.v_stack, chunk.key, s.padded);
@@ -198,12 +198,15 @@ void tile_forward(const ForwardTile& tile) {
     for (int64_t block = 0; block < blocks; ++block) {
       const TileOperand queries = scratch_pairs(s.q_panel_of(block), s.padded / 2, kBlockQueries);
       multiply_tiles<Tiles, kParts>({keys, queries, s.scores, kRowBytes, key_blocks, 1, head_blocks, false});
-      if (softmax_of_chunk(s, block, chunk.n_keys, factor)) rescale_outputs(s, block, p.head_dim);
+      const bool grown = softmax_of_chunk(s, block, chunk.n_keys, factor);
+      if (grown && has_outputs) rescale_outputs(s, block, p.head_dim);
       multiply_tiles<Tiles, kParts>(
-          {values, probabilities, s.out_panel_of(block), kRowBytes, head_blocks, 1, key_blocks, true});
+          {values, probabilities, s.out_panel_of(block), kRowBytes, head_blocks, 1, key_blocks, has_outputs});
     }
+    has_outputs = true;
   }
   Tiles::release();
+  if (!has_outputs) std::memset(s.out_panel, 0, blocks * s.padded * kBlockQueries * sizeof(float));
   if (tile.last) store_tile_outputs(tile, s);
 }
 
