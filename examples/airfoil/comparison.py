@@ -54,9 +54,11 @@ def verdict(metrics: dict[str, Any], reference: dict[str, Any]) -> str:
     where = reference["environment"].get("processor", reference["environment"]["machine"])
     line = f"{_percents(ours)}: {against_nearest}. The committed run ({where}) has {_percents(theirs)}"
     ratio = max(ours[quantity] / theirs[quantity] for quantity in QUANTITIES)
-    if steps < 0.98 * their_steps:
+    asked = metrics["training"]["training"]
+    ended_by_time = asked["steps"] is None or steps < asked["steps"]
+    if steps < 0.98 * their_steps and ended_by_time:
         reason = f"{steps:,} instead of {their_steps:,} steps fitted into the time: --seconds gives more"
-    elif steps > 1.02 * their_steps:
+    elif abs(steps - their_steps) > 0.02 * their_steps:
         reason = f"this run made {steps:,} steps, that one {their_steps:,}"
     elif abs(ratio - 1) < USUAL_SPREAD:
         reason = "the same within what rounding on another processor does"

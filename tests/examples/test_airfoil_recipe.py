@@ -77,6 +77,11 @@ def test_the_last_line_says_how_a_run_compares_and_why() -> None:
     assert "times closer than the nearest" in comparison.verdict(reference, reference)
     fewer = comparison.verdict(changed(reference, 1.6, steps // 3), reference)
     assert f"{steps // 3:,} instead of {steps:,} steps" in fewer and "--seconds" in fewer
+    asked = changed(reference, 1.6, steps // 3)
+    asked["training"]["training"]["steps"] = steps // 3
+    assert f"this run made {steps // 3:,} steps" in comparison.verdict(asked, reference)
+    asked["training"]["training"] |= {"steps": None, "seconds": 60.0}
+    assert "--seconds" in comparison.verdict(asked, reference)
     assert "not better than the nearest training shape" in comparison.verdict(changed(reference, 9.0, steps), reference)
     assert "may have changed" in comparison.verdict(changed(reference, 1.5, steps), reference)
     assert f"this run made {2 * steps:,} steps" in comparison.verdict(changed(reference, 0.8, 2 * steps), reference)
