@@ -21,6 +21,9 @@ FILES = [
     if (ROOT / name).is_file()
 ]  # fmt: skip
 NAMES = {path.name for path in FILES}
+PATH_ENDS = {
+    "/".join(parts[i:]) for path in FILES for parts in [path.relative_to(ROOT).parts] for i in range(len(parts))
+}
 
 # What each part may import of the others: tests → benchmarks → tools → package, never back.
 PARTS = {
@@ -87,6 +90,8 @@ def test_layers_of_the_package_point_one_way() -> None:
 PATH = re.compile(
     r"(?<![\w/.-])((?:csrc|python|tests|tools|benchmarks|docs|examples|scripts|cmake)/[\w./-]*\w)(?![\w*{<])"
 )
+# A path within a folder, as "sm90/config.h": some file's path ends with it.
+PARTIAL_PATH = re.compile(r"(?<![\w/.*<>{$:~-])((?:[\w.-]+/)+[A-Za-z_]\w*\.(?:h|cpp|cuh|cu|py|md|sh|ptx))\b")
 FILE = re.compile(r"(?<![\w/.*<{$-])([A-Za-z_]\w*\.(?:h|cpp|cuh|cu|py|md|sh|ptx))\b")
 COMMENT = {
     ".py": re.compile(r'(?m)#.*$|"""[\s\S]*?"""'),
@@ -115,6 +120,7 @@ def test_paths_that_a_text_names_exist(path: Path) -> None:
     text = prose(path)
     missing = {name for name in PATH.findall(text) if not exists(name, path.parent)}
     missing |= {name for name in FILE.findall(text) if name not in NAMES}
+    missing |= {name for name in PARTIAL_PATH.findall(text) if name not in PATH_ENDS and not exists(name, path.parent)}
     assert not {name for name in missing if not ELSEWHERE.search(name)}
 
 
