@@ -59,11 +59,11 @@ bool reads_any(const KeyRangeTableView& table, int32_t group, int32_t key_begin,
 }
 
 // The heads are worked on one after the other, so that packed keys and sums exist for one of them at a time; or in
-// groups of as many as it takes to keep the threads busy between two meetings, of which there are as many as threads.
+// groups of as many as it takes to keep the threads busy between two barriers, of which there are as many as threads.
 // The last group's end is the last bound.
 std::vector<int64_t> group_planes(const AttentionParams& p, const Schedule& schedule, int64_t tile_queries,
                                   int64_t threads) {
-  constexpr double kMinOperations = 5e7;  // of a thread between two meetings: some tenths of a millisecond
+  constexpr double kMinOperations = 5e7;  // of a thread between two barriers: some tenths of a millisecond
   constexpr double kMinTiles = 8;         // of a thread: a tile more or less is then a small difference
   const double min_operations = kMinOperations * static_cast<double>(threads * threads);
   const double min_tiles = kMinTiles * static_cast<double>(threads);

@@ -109,7 +109,7 @@ struct RopeBackwardTokens {
   int64_t token_end;
 };
 
-// The steps whose operands are laid out to their own taste.
+// The steps that multiply matrices: each set of them chooses the layout of its packed operands.
 struct ProductKernels {
   int64_t (*forward_tile_queries)(int64_t head_dim, ScalarType dtype);
   int64_t (*backward_tile_queries)(ScalarType dtype);

@@ -27,7 +27,7 @@ struct ForwardTile {
   int stages;
   int producer_registers;
   int consumer_registers;
-  // Of so many probabilities one is computed on the FMA units instead of the special-function units; 0: none.
+  // One probability in this many is computed on the FMA units instead of the special-function units; 0: none.
   int polynomial_every;
   // Warpgroups issue their products in turns, so that one's softmax runs under the others' products.
   bool ping_pong;
