@@ -84,7 +84,6 @@ class KernelRun:
     concurrent_blocks: int = 1
     multiprocessors: int = 132
     generation: str = "sm80"
-    deterministic: bool = True
     reluctant_warps: Sequence[int] = ()
     products: list[Product] | None = None  # gets every wgmma
     launches: list[tuple[str, int, Counters]] = field(default_factory=list)
@@ -162,7 +161,6 @@ def _attention_fields(
         "allow_tf32": allow_tf32,
         "multiprocessors": run.multiprocessors,
         "generation": run.generation,
-        "deterministic": run.deterministic,
         "q": device.address(q),
         "k": device.address(k),
         "v": device.address(v),

@@ -9,10 +9,7 @@ namespace {
 PlanOptions plan_options(const Options& options, const Device& device) {
   Generation newest = generation_of(device.major(), options.pinned_kernels);
   if (!is_compiled(newest)) newest = Generation::sm80;
-  return {.multiprocessors = device.multiprocessors(),
-          .allow_tf32 = options.allow_tf32,
-          .generation = newest,
-          .deterministic = options.deterministic};
+  return {.multiprocessors = device.multiprocessors(), .allow_tf32 = options.allow_tf32, .generation = newest};
 }
 
 void run(Plan plan, const Target& target, const Allocate& allocate) {

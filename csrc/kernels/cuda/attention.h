@@ -18,7 +18,6 @@ struct Target {
 
 struct Options {
   bool allow_tf32 = false;
-  bool deterministic = true;
   const char* pinned_kernels = nullptr;  // as `pinned` of generation_of
 };
 

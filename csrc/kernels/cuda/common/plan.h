@@ -62,7 +62,6 @@ struct PlanOptions {
   int multiprocessors = 1;                   // of the device that will run the plan
   bool allow_tf32 = false;                   // one tf32 product per float32 product instead of three
   Generation generation = Generation::sm80;  // the newest that the device runs and the caller allows
-  bool deterministic = true;                 // the same bits in every run; otherwise sums may be added in any order
 };
 
 // Stands for the workspace in a plan that is made before it is allocated. No pointer, stride or float that a plan holds

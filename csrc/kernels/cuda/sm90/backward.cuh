@@ -129,7 +129,7 @@ __device__ inline void add_query_gradients(const BackwardKernelParams& p, Backwa
     int32_t* turn = p.query_turns + head_tiles + tile.index;
     float* sums = p.query_gradients + (head_tiles + tile.index) * (kBytes / 4);
     wait_phase(block.barriers.gradient_full, n);
-    await_turn(turn, tile.turn, p.ordered != 0);
+    await_turn(turn, tile.turn);
     ptx::fence_async_proxy_global();
     if (tile.turn == 0) {
       ptx::bulk_store(sums, shared + Traits::kAt.query_gradients, kBytes);
@@ -140,10 +140,8 @@ __device__ inline void add_query_gradients(const BackwardKernelParams& p, Backwa
     ptx::bulk_wait_read<0>();
     ptx::mbarrier_arrive(ptx::shared_address(&block.barriers.gradient_empty));
     ptx::bulk_wait<0>();
-    if (p.ordered != 0 || tile.turn == 0) {
-      ptx::fence_async_proxy_global();
-      ptx::store_release(turn, tile.turn + 1);
-    }
+    ptx::fence_async_proxy_global();
+    ptx::store_release(turn, tile.turn + 1);
   }
 }
 
@@ -161,8 +159,8 @@ __device__ inline void pass_turns(const BackwardKernelParams& p, const KeyItem& 
       for (int i = threadIdx.x % 32; i < kFloats / 4; i += 32) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       __syncwarp();
     }
-    if (is_first_lane() && (p.ordered != 0 || tile.turn == 0)) {
-      await_turn(turn, tile.turn, p.ordered != 0);
+    if (is_first_lane()) {
+      await_turn(turn, tile.turn);
       ptx::store_release(turn, tile.turn + 1);
     }
     __syncwarp();
@@ -205,7 +203,7 @@ __device__ inline bool add_splits(const BackwardKernelParams& p, const KeyItem& 
   const int64_t index = static_cast<int64_t>(item.batch_head) * p.schedule.n_accumulators + item.accumulator;
   float* sums = p.key_gradients + index * 2 * (Traits::kKeyTileBytes / 2);
   const bool last = item.split + 1 == item.n_splits;
-  if (consumer_thread() == 0) await_turn(p.key_turns + index, item.split, true);
+  if (consumer_thread() == 0) await_turn(p.key_turns + index, item.split);
   sync_consumers();
 #pragma unroll
   for (int i = 0; i < Traits::kKeyGradient / 2; ++i) {

@@ -136,13 +136,9 @@ __device__ inline KeyItem take_item(const BackwardKernelParams& p) {
   return item;
 }
 
-// Whether the turns of a counter have come to `turn`; without an order every turn but the first comes with the second.
-__device__ inline void await_turn(const int32_t* counter, int32_t turn, bool ordered) {
-  while (true) {
-    const int32_t now = ptx::load_acquire(counter);
-    if (now == turn || (!ordered && now > 0)) return;
-    __nanosleep(64);
-  }
+// Waits until a counter has come to `turn`.
+__device__ inline void await_turn(const int32_t* counter, int32_t turn) {
+  while (ptx::load_acquire(counter) != turn) __nanosleep(64);
 }
 
 }  // namespace anchor_attention::sm90

@@ -47,7 +47,6 @@ struct BackwardKernelParams {
   int32_t head_dim;
   int32_t n_query_tiles;
   int32_t n_ranges;
-  int32_t ordered;  // blocks add to a tile of queries in the order of their items; otherwise only the first one first
   float scale;
   float scale_log2;
   ScheduleView schedule;  // of the keys; its ranges are followed by RangeTurns

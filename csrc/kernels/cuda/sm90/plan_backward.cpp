@@ -112,7 +112,6 @@ class BackwardPlanner {
     p.head_dim = static_cast<int32_t>(forward_.head_dim);
     p.n_query_tiles = schedule_.n_query_tiles;
     p.n_ranges = schedule_.n_ranges;
-    p.ordered = options_.deterministic ? 1 : 0;
     p.scale = static_cast<float>(forward_.scale);
     p.scale_log2 = static_cast<float>(forward_.scale * kLog2E);
     place_schedule(p.schedule, schedule_.keys, plan_, workspace_);
