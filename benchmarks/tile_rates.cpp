@@ -52,8 +52,9 @@ class Problem {
         v_rows_(n_keys * steps_.packed_row_bytes(head_dim, kType)),
         grad_k_rows_(n_keys * steps_.sum_row_bytes(head_dim, kType)),
         grad_v_rows_(n_keys * steps_.sum_row_bytes(head_dim, kType)),
+        params_{.forward = {.head_dim = head_dim, .value_dim = head_dim, .dtype = kType}},
         scratch_(
-            std::max(steps_.forward_scratch_bytes(head_dim, kType), steps_.backward_scratch_bytes(head_dim, kType))) {
+            std::max(steps_.forward_scratch_bytes(params_.forward), steps_.backward_scratch_bytes(params_.forward))) {
     std::mt19937 generator(0);
     std::normal_distribution<float> normal;
     for (auto* tensor : {&q_, &k_, &v_, &grad_out_}) {
@@ -68,12 +69,10 @@ class Problem {
     f.out = out_.data();
     f.lse = lse_.data();
     f.q_strides = f.k_strides = f.v_strides = params_.grad_out_strides = {0, head_dim, head_dim};
-    f.batch = f.heads = 1;
+    f.batch = f.heads = f.kv_heads = 1;
     f.n_queries = n_queries;
     f.n_keys = n_keys;
-    f.head_dim = head_dim;
     f.scale = 1 / std::sqrt(static_cast<double>(head_dim));
-    f.dtype = kType;
     params_.grad_out = grad_out_.data();
     params_.grad_q = grad_q_.data();
     std::vector<int32_t> indices(n_keys);
@@ -84,7 +83,7 @@ class Problem {
 
   void forward() {
     const AttentionParams& f = params_.forward;
-    const int64_t step = steps_.forward_tile_queries(f.head_dim, kType);
+    const int64_t step = steps_.forward_tile_queries(f);
     for (int64_t q = 0; q < f.n_queries; q += step) {
       ForwardTile tile{};
       tile.params = &f;
@@ -127,8 +126,9 @@ class Problem {
   const ProductKernels& steps_;
   const int32_t ranges_[2];
   std::vector<float> q_, k_, v_, out_, grad_out_, grad_q_, lse_;
-  Lines k_rows_, v_rows_, grad_k_rows_, grad_v_rows_, scratch_;
-  AttentionBackwardParams params_{};
+  Lines k_rows_, v_rows_, grad_k_rows_, grad_v_rows_;
+  AttentionBackwardParams params_;
+  Lines scratch_;
 };
 
 }  // namespace

@@ -33,12 +33,12 @@ struct KeyRangeTableView {
 
 struct AttentionParams {
   const void* q;  // [batch, n_queries, heads, head_dim]
-  const void* k;  // [batch, n_keys, heads, head_dim], rotated already
-  const void* v;  // [batch, n_keys, heads, head_dim]
+  const void* k;  // [batch, n_keys, kv_heads, head_dim], rotated already
+  const void* v;  // [batch, n_keys, kv_heads, value_dim]
   const void*
       q_freqs;  // [batch or 1, n_queries, head_dim / 2] complex (float32 parts; float64 for float64), may be null
   const bool* key_mask;  // [batch, n_keys], true = the key exists, may be null
-  void* out;             // [batch, n_queries, heads, head_dim], contiguous
+  void* out;             // [batch, n_queries, heads, value_dim], contiguous
   void* lse;             // [batch, heads, n_queries], contiguous, float32 (float64 for float64)
 
   Strides q_strides;
@@ -51,21 +51,25 @@ struct AttentionParams {
   int64_t n_queries;
   int64_t n_keys;
   int64_t heads;
+  int64_t kv_heads;  // head h reads keys and values of head h / (heads / kv_heads)
   int64_t head_dim;
+  int64_t value_dim;
   double scale;
   ScalarType dtype;  // of q, k, v, out
   KeyRangeTableView table;
+
+  int64_t heads_per_kv_head() const { return heads / kv_heads; }
 };
 
 // The forward's `out` and `lse` are inputs here.
 struct AttentionBackwardParams {
   AttentionParams forward;
-  const void* grad_out;  // [batch, n_queries, heads, head_dim]
+  const void* grad_out;  // [batch, n_queries, heads, value_dim]
   Strides grad_out_strides;
   const void* grad_lse;  // [batch, heads, n_queries], contiguous, type of lse, may be null
   void* grad_q;          // [batch, n_queries, heads, head_dim], contiguous, null when not wanted
-  void* grad_k;          // [batch, n_keys, heads, head_dim], contiguous, null when not wanted
-  void* grad_v;          // [batch, n_keys, heads, head_dim], contiguous, null when not wanted
+  void* grad_k;          // [batch, n_keys, kv_heads, head_dim], contiguous, null when not wanted
+  void* grad_v;          // [batch, n_keys, kv_heads, value_dim], contiguous, null when not wanted
   void* grad_q_freqs;    // [batch or 1, n_queries, head_dim / 2] complex, contiguous, null when not wanted
 };
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from anchor_attention import KeyRangeTable
 
 COMPLEX = {torch.float64: torch.complex128}
+HEAD_DIMS = (8, 16, 24, 32, 40, 48, 64, 72, 96, 128)
 
 
 @dataclass
@@ -95,17 +96,28 @@ def tables(draw: st.DrawFn, n_queries: int, n_keys: int) -> KeyRangeTable:
 
 
 @st.composite
-def attention_inputs(draw: st.DrawFn, dtype: torch.dtype = torch.float32) -> AttentionInputs:
-    """Calls of every shape: odd sizes, zero sizes, strides, masks, rotation of either side."""
+def attention_inputs(draw: st.DrawFn, dtype: torch.dtype = torch.float32, equal_heads: bool = False) -> AttentionInputs:
+    """Calls of every shape: odd sizes, zero sizes, strides, masks, rotation of either side.
+
+    Keys may have fewer heads than queries and values heads of another size, unless ``equal_heads``.
+    """
     batch = draw(st.sampled_from([1, 1, 2, 3, 0]))
-    heads = draw(st.sampled_from([1, 2, 3]))
-    head_dim = draw(st.sampled_from([8, 16, 24, 32, 40, 48, 64, 72, 96, 128]))
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    heads = kv_heads if equal_heads else kv_heads * draw(st.sampled_from([1, 1, 2, 3]))
+    head_dim = draw(st.sampled_from(HEAD_DIMS))
+    value_dim = head_dim if equal_heads else draw(st.sampled_from([head_dim, head_dim, 1, 33, *HEAD_DIMS]))
     n_queries = draw(st.sampled_from([0, 1, 5, 31, 64, 65, 130, 200]))
     n_keys = draw(st.sampled_from([0, 1, 7, 63, 64, 65, 129, 190]))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     layout = draw(st.sampled_from(LAYOUTS))
     q, k, v, grad_out = (
-        strided(batch, tokens, heads, head_dim, dtype, layout) for tokens in (n_queries, n_keys, n_keys, n_queries)
+        strided(batch, tokens, n_heads, size, dtype, layout)
+        for tokens, n_heads, size in (
+            (n_queries, heads, head_dim),
+            (n_keys, kv_heads, head_dim),
+            (n_keys, kv_heads, value_dim),
+            (n_queries, heads, value_dim),
+        )
     )
     inputs = AttentionInputs(q, k, v, draw(tables(n_queries, n_keys)), grad_out)
     if draw(st.booleans()):

@@ -18,13 +18,16 @@ def plain_attention(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor
     """The operation as a user would write it: every step in the dtype of the inputs."""
     q = inputs.q if inputs.q_freqs is None else rope_reference(inputs.q, inputs.q_freqs)
     k = inputs.k if inputs.k_freqs is None else rope_reference(inputs.k, inputs.k_freqs)
+    shared_by = q.size(2) // k.size(2)
+    k, v = (tensor.repeat_interleave(shared_by, dim=2) for tensor in (k, inputs.v))
     scale = q.size(-1) ** -0.5 if inputs.scale is None else inputs.scale
     # Each entry is made whole before it is written: in-place updates would count a row's gradient twice.
     rows, lses, end = [], [], 0
     batch, n_queries, heads, _ = q.shape
 
     def gap(begin: int, until: int) -> None:
-        rows.append(q[:, begin:until].masked_fill(torch.tensor(True), 0.0))
+        zeros = q[:, begin:until, :, :1].masked_fill(torch.tensor(True), 0.0)
+        rows.append(zeros.expand(-1, -1, -1, v.size(-1)))
         lses.append(torch.full((batch, heads, until - begin), -torch.inf, dtype=torch.float32))
 
     for (begin, until), key_ranges in inputs.table.entries():
@@ -35,7 +38,7 @@ def plain_attention(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor
         if inputs.key_mask is not None:
             scores = scores.masked_fill(~inputs.key_mask[:, None, None, index], -torch.inf)
         probabilities = torch.softmax(scores, dim=-1).nan_to_num(0.0)
-        rows.append(torch.einsum("bhqk,bkhd->bqhd", probabilities, inputs.v[:, index]))
+        rows.append(torch.einsum("bhqk,bkhd->bqhd", probabilities, v[:, index]))
         lses.append(torch.logsumexp(scores.float(), dim=-1))
     gap(end, n_queries)
     return torch.cat(rows, dim=1), torch.cat(lses, dim=-1)
@@ -85,7 +88,7 @@ def intermediate_rounding(inputs: AttentionInputs, exact: Result, name: str) -> 
     # delta is formed from the output as it was rounded to the dtype of the inputs.
     rms_v, rms_grad_out = (tensor.float().square().mean().sqrt().item() for tensor in (inputs.v, inputs.grad_out))
     score_gradient += torch.finfo(inputs.q.dtype).eps * rms_v * rms_grad_out
-    score_gradient *= math.sqrt(inputs.q.size(-1)) * scale
+    score_gradient *= math.sqrt(inputs.v.size(-1)) * scale
     return {
         "out": torch.finfo(torch.float32).eps * probability * v,
         "grad_v": torch.finfo(torch.float32).eps * probability * grad_out * rows,

@@ -52,9 +52,13 @@ CheckedAttention check_attention(const Tensor& q, const Tensor& k, const Tensor&
   const int64_t head_dim = q.size(3);
   const int64_t n_keys = k.size(1);
   check(head_dim >= 1, "q must have a head_dim of at least 1, got shape ", shape_text(q));
+  // Keys and values may have fewer heads than queries: as many as divide theirs.
+  const int64_t kv_heads = k.size(2) > 0 && heads % k.size(2) == 0 ? k.size(2) : heads;
+  const int64_t value_dim = v.size(3);
   const bool heads_first = k.size(0) == batch && k.size(1) == n_queries && k.size(3) == head_dim;
-  check_shape("k", k, {batch, n_keys, heads, head_dim}, heads_first);
-  check_shape("v", v, {batch, n_keys, heads, head_dim});
+  check_shape("k", k, {batch, n_keys, kv_heads, head_dim}, heads_first);
+  check_shape("v", v, {batch, n_keys, kv_heads, value_dim});
+  check(value_dim >= 1, "v must have a head_dim of at least 1, got shape ", shape_text(v));
   check_same_device("k", k, "q", q);
   check_same_device("v", v, "q", q);
   const ScalarType dtype = scalar_type("q", q);
@@ -90,7 +94,9 @@ CheckedAttention check_attention(const Tensor& q, const Tensor& k, const Tensor&
   p.n_queries = n_queries;
   p.n_keys = n_keys;
   p.heads = heads;
+  p.kv_heads = kv_heads;
   p.head_dim = head_dim;
+  p.value_dim = value_dim;
   p.scale = factor;
   p.dtype = dtype;
   p.table = checked.table.view();
@@ -100,7 +106,7 @@ CheckedAttention check_attention(const Tensor& q, const Tensor& k, const Tensor&
 AttentionBackwardParams check_attention_backward(const AttentionParams& forward, const Tensor& grad_out,
                                                  const std::optional<Tensor>& grad_lse, const Tensor& q,
                                                  const Tensor& out, const Tensor& lse) {
-  const std::vector<int64_t> out_shape{forward.batch, forward.n_queries, forward.heads, forward.head_dim};
+  const std::vector<int64_t> out_shape{forward.batch, forward.n_queries, forward.heads, forward.value_dim};
   const std::vector<int64_t> lse_shape{forward.batch, forward.heads, forward.n_queries};
   check_shape("grad_out", grad_out, out_shape);
   check_shape("out", out, out_shape);
@@ -131,7 +137,7 @@ AttentionBackwardParams check_attention_backward(const AttentionParams& forward,
 }
 
 std::tuple<Tensor, Tensor> new_outputs(const Tensor& q, AttentionParams& p) {
-  Tensor out = new_empty("out", q, {p.batch, p.n_queries, p.heads, p.head_dim}, q.scalar_type());
+  Tensor out = new_empty("out", q, {p.batch, p.n_queries, p.heads, p.value_dim}, q.scalar_type());
   Tensor lse = new_empty("lse", q, {p.batch, p.heads, p.n_queries}, lse_dtype(p.dtype));
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();

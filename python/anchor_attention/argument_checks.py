@@ -56,8 +56,14 @@ def attention(
     if _known(head_dim < 1):
         _fail(f"q must have a head_dim of at least 1, got shape {_shape(q.shape)}")
     heads_first = _same((k.shape[0], k.shape[1], k.shape[3]), (batch, n_queries, head_dim))
-    _check_shape("k", k, (batch, n_keys, heads, head_dim), heads_first)
-    _check_shape("v", v, (batch, n_keys, heads, head_dim))
+    # Keys and values may have fewer heads than queries: as many as divide theirs.
+    kv_heads, value_dim = k.shape[2], v.shape[3]
+    if _known(kv_heads == 0) or (_is_number(kv_heads, heads) and heads % kv_heads):
+        kv_heads = heads
+    _check_shape("k", k, (batch, n_keys, kv_heads, head_dim), heads_first)
+    _check_shape("v", v, (batch, n_keys, kv_heads, value_dim))
+    if _known(value_dim < 1):
+        _fail(f"v must have a head_dim of at least 1, got shape {_shape(v.shape)}")
     _check_same_device("k", k, "q", q)
     _check_same_device("v", v, "q", q)
     _check_floating("q", q)
@@ -82,6 +88,7 @@ def attention_backward(
     grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
     q: torch.Tensor,
+    v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     q_freqs: torch.Tensor | None,
@@ -94,8 +101,9 @@ def attention_backward(
     """
     lse_shape = (q.shape[0], q.shape[2], q.shape[1])
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    _check_shape("grad_out", grad_out, q.shape)
-    _check_shape("out", out, q.shape)
+    out_shape = (*q.shape[:3], v.shape[3])
+    _check_shape("grad_out", grad_out, out_shape)
+    _check_shape("out", out, out_shape)
     _check_shape("lse", lse, lse_shape)
     for name, tensor in (("grad_out", grad_out), ("out", out), ("lse", lse)):
         _check_same_device(name, tensor, "q", q)
@@ -158,8 +166,12 @@ def _same(sizes: Sequence[Any], expected: Sequence[Any]) -> bool:
     return len(sizes) == len(expected) and all(_known(a == b) for a, b in zip(sizes, expected, strict=True))
 
 
+def _is_number(*sizes: Any) -> bool:
+    return all(type(size) is int for size in sizes)
+
+
 def _is_concrete(tensor: torch.Tensor) -> bool:
-    return all(type(number) is int for number in (*tensor.shape, *tensor.stride()))
+    return _is_number(*tensor.shape, *tensor.stride())
 
 
 def _fail(text: str) -> None:
@@ -228,7 +240,7 @@ def _check_table(
     q_ranges: Sequence[int], k_offsets: Sequence[int], k_ranges: Sequence[int], q: torch.Tensor, k: torch.Tensor
 ) -> None:
     n_queries, n_keys = q.shape[1], k.shape[1]
-    if not all(type(number) is int for number in (*q_ranges, *k_offsets, *k_ranges, n_queries, n_keys)):
+    if not _is_number(*q_ranges, *k_offsets, *k_ranges, n_queries, n_keys):
         return
     try:
         torch.ops.anchor_attention.canonical_key_ranges(q_ranges, k_offsets, k_ranges, n_queries, n_keys)
@@ -236,6 +248,6 @@ def _check_table(
         heads_first = any(
             n_tokens < max(ranges, default=0) <= tensor.shape[2]
             for n_tokens, ranges, tensor in ((n_queries, q_ranges, q), (n_keys, k_ranges, k))
-            if type(tensor.shape[2]) is int
+            if _is_number(tensor.shape[2])
         )
         _fail(f"{error}{_HEADS_FIRST if heads_first else ''}")

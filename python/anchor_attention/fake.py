@@ -23,7 +23,7 @@ def _attention(
     argument_checks.attention(q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale)
     batch, n_queries, heads, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape), q.new_empty((batch, heads, n_queries), dtype=lse_dtype)
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((batch, heads, n_queries), dtype=lse_dtype)
 
 
 @torch.library.register_fake("anchor_attention::attention_backward")
@@ -48,7 +48,7 @@ def _attention_backward(
     need_q_freqs: bool,
 ) -> tuple[torch.Tensor, ...]:
     argument_checks.attention(q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale)
-    argument_checks.attention_backward(grad_out, grad_lse, q, out, lse, q_freqs, need_q_freqs)
+    argument_checks.attention_backward(grad_out, grad_lse, q, v, out, lse, q_freqs, need_q_freqs)
 
     def grad(tensor: torch.Tensor | None, needed: bool) -> torch.Tensor:
         return tensor.new_empty(tensor.shape) if needed and tensor is not None else q.new_empty(0)

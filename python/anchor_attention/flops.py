@@ -20,13 +20,13 @@ import torch
 _COUNTER = "torch.utils.flop_counter"
 
 
-def _product(q_shape: Sequence[int], q_ranges: Sequence[int], k_offsets: Sequence[int], k_ranges: Sequence[int]) -> int:
-    """Multiplications and additions of one matrix product over all groups of queries and their keys."""
+def _scores(q_shape: Sequence[int], q_ranges: Sequence[int], k_offsets: Sequence[int], k_ranges: Sequence[int]) -> int:
+    """Scores of all heads over all groups of queries and their keys."""
     keys = [end - begin for begin, end in zip(k_ranges[::2], k_ranges[1::2], strict=True)]
     queries = [end - begin for begin, end in zip(q_ranges[::2], q_ranges[1::2], strict=True)]
     area = sum(n * sum(keys[first:last]) for n, (first, last) in zip(queries, pairwise(k_offsets), strict=True))
-    batch, _, heads, head_dim = q_shape
-    return 2 * area * batch * heads * head_dim
+    batch, _, heads, _ = q_shape
+    return area * batch * heads
 
 
 def _attention(
@@ -39,7 +39,7 @@ def _attention(
     *args: Any,
     **kwargs: Any,
 ) -> int:
-    return 2 * _product(q_shape, q_ranges, k_offsets, k_ranges)
+    return 2 * (q_shape[3] + v_shape[3]) * _scores(q_shape, q_ranges, k_offsets, k_ranges)
 
 
 def _attention_backward(
@@ -65,8 +65,8 @@ def _attention_backward(
 ) -> int:
     # The gradient of the scores serves those of queries and keys.
     wants_q = need_q or need_q_freqs
-    products = need_v + (wants_q or need_k) + wants_q + need_k
-    return products * _product(q_shape, q_ranges, k_offsets, k_ranges)
+    widths = (need_v + (wants_q or need_k)) * v_shape[3] + (wants_q + need_k) * q_shape[3]
+    return 2 * widths * _scores(q_shape, q_ranges, k_offsets, k_ranges)
 
 
 def _register() -> None:

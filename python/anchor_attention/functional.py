@@ -107,8 +107,10 @@ def anchor_attention(
 
     Args:
         q: (B, Nq, H, D) queries. Any strides with a contiguous last axis are read in place.
-        k: (B, Nk, H, D) keys, on an axis of their own; likewise.
-        v: (B, Nk, H, D) values; likewise.
+        k: (B, Nk, Hk, D) keys, on an axis of their own; likewise. Hk is H or divides it: head h reads head
+            h // (H / Hk), in place.
+        v: (B, Nk, Hk, Dv) values, whose size may differ from that of queries and keys; likewise. A GPU takes Hk = H
+            and Dv = D alone so far.
         table: Who reads whom.
         q_freqs: (B or 1, Nq, D / 2) complex64 rotary factors, applied to the interleaved pairs of q in float32.
         k_freqs: (B or 1, Nk, D / 2) complex64, likewise for k. With float64 q and k, both are complex128, and complex64
@@ -121,7 +123,7 @@ def anchor_attention(
         return_lse: Whether to return lse as well.
 
     Returns:
-        out (B, Nq, H, D), contiguous, in q's dtype; with ``return_lse`` also lse (B, H, Nq) float32. Dtypes: float32,
+        out (B, Nq, H, Dv), contiguous, in q's dtype; with ``return_lse`` also lse (B, H, Nq) float32. Dtypes: float32,
         bfloat16, float16; on the CPU also float64 (with complex128 freqs, float64 lse).
 
     Raises:
@@ -189,7 +191,7 @@ def merge_attention(
     Differentiable, so parts of the keys can live on other devices and still be trained.
 
     Args:
-        outs: Parts (B, Nq, H, D).
+        outs: Parts (B, Nq, H, Dv).
         lses: Their log-sum-exps (B, H, Nq); −inf where a part had no key.
 
     Returns:

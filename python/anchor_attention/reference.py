@@ -37,9 +37,13 @@ def anchor_attention_reference(
     if k_freqs is not None:
         k = rope_reference(k, k_freqs)
     working = torch.float64 if q.dtype == torch.float64 else torch.float32
+    shared_by = q.shape[2] // max(k.shape[2], 1)
+    if shared_by > 1:
+        k, v = k.repeat_interleave(shared_by, dim=2), v.repeat_interleave(shared_by, dim=2)
     queries, keys, values = (tensor.to(working).transpose(1, 2) for tensor in (q, k, v))
     # Zeros that hang on the queries: with an empty table, too, the output can be differentiated.
-    out = queries.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
+    zeros = queries[..., :1].masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
+    out = zeros.repeat(1, 1, 1, v.shape[-1])
     lse = torch.full(queries.shape[:-1], -torch.inf, dtype=working, device=q.device)
     for (q_begin, q_end), key_ranges in table.entries():
         if not key_ranges:

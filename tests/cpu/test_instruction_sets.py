@@ -13,7 +13,12 @@ from anchor_attention import cpu_instruction_sets
 
 ROOT = Path(__file__).parents[2]
 SETS = cpu_instruction_sets()
-CASES = ("tests/ops/test_attention.py", "tests/cpu/test_cpu_attention.py", "tests/cpu/test_edge_shapes.py")
+CASES = (
+    "tests/ops/test_attention.py",
+    "tests/ops/test_head_sizes.py",
+    "tests/cpu/test_cpu_attention.py",
+    "tests/cpu/test_edge_shapes.py",
+)
 
 
 def test_sets_are_listed() -> None:

@@ -83,14 +83,18 @@ void drive(ScalarType dtype) {
   const int64_t size = wide ? 8 : dtype == ScalarType::float32 ? 4 : 2;
   const int64_t working = wide ? 8 : 4;
   const KeyRangeTable table = random_table(n_queries, n_keys);
-  const auto values = [&](int64_t tokens) { return random_values(batch * tokens * heads * head_dim, dtype); };
-  const auto q = values(n_queries), k = values(n_keys), v = values(n_keys), grad_out = values(n_queries);
+  const int64_t kv_heads = random_between(0, 1) ? heads : 1, value_dim = random_between(0, 1) ? head_dim : 24;
+  const auto values = [&](int64_t tokens, int64_t width) { return random_values(batch * tokens * width, dtype); };
+  const auto q = values(n_queries, heads * head_dim), k = values(n_keys, kv_heads * head_dim);
+  const auto v = values(n_keys, kv_heads * value_dim), grad_out = values(n_queries, heads * value_dim);
   const auto freqs = random_values(n_queries * head_dim, wide ? ScalarType::float64 : ScalarType::float32);
   const auto mask_bits = std::make_unique<bool[]>(batch * n_keys);
   for (int64_t i = 0; i < batch * n_keys; ++i) mask_bits[i] = random_between(0, 3) > 0;
-  std::vector<char> out(q.size()), lse(batch * heads * n_queries * working);
+  std::vector<char> out(grad_out.size()), lse(batch * heads * n_queries * working);
 
-  const auto strides = [&](int64_t tokens) { return Strides{tokens * heads * head_dim, heads * head_dim, head_dim}; };
+  const auto strides = [](int64_t tokens, int64_t n_heads, int64_t dim) {
+    return Strides{tokens * n_heads * dim, n_heads * dim, dim};
+  };
   AttentionParams p{};
   p.q = q.data();
   p.k = k.data();
@@ -99,15 +103,18 @@ void drive(ScalarType dtype) {
   p.key_mask = random_between(0, 1) ? mask_bits.get() : nullptr;
   p.out = out.data();
   p.lse = lse.data();
-  p.q_strides = strides(n_queries);
-  p.k_strides = p.v_strides = strides(n_keys);
+  p.q_strides = strides(n_queries, heads, head_dim);
+  p.k_strides = strides(n_keys, kv_heads, head_dim);
+  p.v_strides = strides(n_keys, kv_heads, value_dim);
   p.q_freqs_strides = {0, head_dim / 2};
   p.key_mask_batch_stride = n_keys;
   p.batch = batch;
   p.n_queries = n_queries;
   p.n_keys = n_keys;
   p.heads = heads;
+  p.kv_heads = kv_heads;
   p.head_dim = head_dim;
+  p.value_dim = value_dim;
   p.scale = 0.2;
   p.dtype = dtype;
   p.table = table.view();
@@ -126,7 +133,7 @@ void drive(ScalarType dtype) {
     AttentionBackwardParams b{};
     b.forward = p;
     b.grad_out = grad_out.data();
-    b.grad_out_strides = p.q_strides;
+    b.grad_out_strides = strides(n_queries, heads, value_dim);
     b.grad_q = grads[0].data();
     b.grad_k = grads[1].data();
     b.grad_v = grads[2].data();
@@ -156,7 +163,7 @@ void drive(ScalarType dtype) {
   RopeParams r{q.data(), freqs.data(), rotated.data(), p.q_strides, {0, head_dim / 2},
                batch,    n_queries,    heads,          head_dim,    dtype};
   cpu::rope(r, executor);
-  cpu::rope_backward({r, grad_out.data(), p.q_strides, grad_x.data(), grad_freqs.data()}, executor);
+  cpu::rope_backward({r, q.data(), p.q_strides, grad_x.data(), grad_freqs.data()}, executor);
   if (size == 2 && rotated.empty()) fail("nothing was rotated");
 }
 

@@ -167,7 +167,13 @@ def _bad_arguments() -> dict[str, tuple[tuple[Any, ...], str]]:
     huge = 2**40
     return {
         "rank": (replaced(0, q[0]), r"q must be \(batch, queries, heads, head_dim\), got 3 axes: \(9, 2, 8\)"),
-        "k heads": (replaced(1, k[:, :, :1]), r"k must have shape \(2, 7, 2, 8\), got \(2, 7, 1, 8\)"),
+        "k heads": (replaced(1, k.repeat(1, 1, 2, 1)), r"k must have shape \(2, 7, 2, 8\), got \(2, 7, 4, 8\)"),
+        "k without heads": (replaced(1, k[:, :, :0]), r"k must have shape \(2, 7, 2, 8\), got \(2, 7, 0, 8\)"),
+        "v heads": (replaced(1, k[:, :, :1]), r"v must have shape \(2, 7, 1, 8\), got \(2, 7, 2, 8\)"),
+        "no head_dim of v": (
+            replaced(2, v[..., :0]),
+            r"v must have a head_dim of at least 1, got shape \(2, 7, 2, 0\)",
+        ),
         "v length": (replaced(2, v[:, :5]), r"v must have shape \(2, 7, 2, 8\), got \(2, 5, 2, 8\)"),
         "dtype of q": ((*(t.int() for t in (q, k, v)), *TABLE), "q must be float32, bfloat16, float16 or .* got Int"),
         "dtype of k": (replaced(1, k.double()), r"k must have the dtype of q \(Float\), got Double"),

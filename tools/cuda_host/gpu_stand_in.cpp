@@ -52,7 +52,8 @@ struct Call {
     p.lse = static_cast<float*>(address(4));
     const Strides strides{0, heads * head_dim, head_dim};
     p.q_strides = p.k_strides = p.v_strides = strides;
-    p.batch = 1, p.n_queries = n_queries, p.n_keys = keys, p.heads = heads, p.head_dim = head_dim;
+    p.batch = 1, p.n_queries = n_queries, p.n_keys = keys, p.heads = p.kv_heads = heads;
+    p.head_dim = p.value_dim = head_dim;
     p.scale = 0.125;
     p.dtype = ScalarType::bfloat16;
     p.table = table.view();

@@ -70,7 +70,9 @@ aa::AttentionParams attention_params(const py::dict& fields, const aa::KeyRangeT
   p.n_queries = fields["n_queries"].cast<int64_t>();
   p.n_keys = fields["n_keys"].cast<int64_t>();
   p.heads = fields["heads"].cast<int64_t>();
+  p.kv_heads = field<int64_t>(fields, "kv_heads", p.heads);
   p.head_dim = fields["head_dim"].cast<int64_t>();
+  p.value_dim = field<int64_t>(fields, "value_dim", p.head_dim);
   p.scale = fields["scale"].cast<double>();
   p.dtype = scalar_type(fields);
   p.table = table.view();

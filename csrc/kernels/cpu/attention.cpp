@@ -22,7 +22,7 @@ void fill_rows_without_keys(const AttentionParams& p, const Tile& tile) {
   const int64_t size = storage_size(p.dtype);
   for (int64_t i = tile.q_begin; i < tile.q_begin + tile.n_queries; ++i) {
     const int64_t row = (tile.batch * p.n_queries + i) * p.heads + tile.head;
-    std::memset(static_cast<char*>(p.out) + row * p.head_dim * size, 0, p.head_dim * size);
+    std::memset(static_cast<char*>(p.out) + row * p.value_dim * size, 0, p.value_dim * size);
   }
   T* lse = static_cast<T*>(p.lse) + (static_cast<int64_t>(tile.batch) * p.heads + tile.head) * p.n_queries;
   std::fill_n(lse + tile.q_begin, tile.n_queries, -std::numeric_limits<T>::infinity());
@@ -44,9 +44,10 @@ class Forward {
         executor_(executor),
         kernels_(suitable_products(params, allow_split_float32)),
         schedule_(params, kernels_),
+        row_bytes_(schedule_.packed_row_bytes()),
         threads_(schedule_.threads(executor, 4)),
         planes_(schedule_.all_planes()),
-        tile_queries_(kernels_.forward_tile_queries(params.head_dim, params.dtype)),
+        tile_queries_(kernels_.forward_tile_queries(params)),
         tiles_(schedule_.tiles(planes_, tile_queries_, /*with_gaps=*/true)) {
     double reads = 0;
     for (const Tile& tile : tiles_) reads += static_cast<double>(tile.n_keys);
@@ -54,23 +55,23 @@ class Forward {
     // the cache of the core that needs them does not, but is done again for every tile.
     constexpr double kMaxPackings = 2;
     packs_per_tile_ = reads <= kMaxPackings * static_cast<double>(schedule_.n_rows(planes_));
-    constexpr int64_t kPieceBytes = 1 << 16;
-    piece_rows_ = std::max(kPieceBytes / schedule_.packed_row_bytes() / kCutKeys, int64_t{1}) * kCutKeys;
-    scratch_bytes_ = kernels_.forward_scratch_bytes(p_.head_dim, p_.dtype);
-    thread_bytes_ = scratch_bytes_ + (packs_per_tile_ ? 2 * piece_rows_ * schedule_.packed_row_bytes() : 0);
+    constexpr int64_t kPieceBytes = 1 << 17;
+    const int64_t key_bytes = row_bytes_.k + row_bytes_.v;
+    piece_rows_ = std::max(kPieceBytes / key_bytes / kCutKeys, int64_t{1}) * kCutKeys;
+    scratch_bytes_ = kernels_.forward_scratch_bytes(p_);
+    thread_bytes_ = scratch_bytes_ + (packs_per_tile_ ? piece_rows_ * key_bytes : 0);
     scratch_ = allocate(threads_ * thread_bytes_);
   }
 
   void run() {
     if (!packs_per_tile_) {
-      const int64_t bytes = schedule_.n_rows(planes_) * schedule_.packed_row_bytes();
-      k_rows_ = allocate(bytes);
-      v_stack_ = allocate(bytes);
+      k_rows_ = allocate(schedule_.n_rows(planes_) * row_bytes_.k);
+      v_stack_ = allocate(schedule_.n_rows(planes_) * row_bytes_.v);
       pack(p_, schedule_, planes_, kernels_, executor_, threads_,
-           {{p_.k, p_.k_strides, PackedLayout::rows, k_rows_.get()},
-            {p_.v, p_.v_strides, PackedLayout::stack, v_stack_.get()}});
+           {{p_.k, p_.k_strides, p_.head_dim, PackedLayout::rows, k_rows_.get(), row_bytes_.k},
+            {p_.v, p_.v_strides, p_.value_dim, PackedLayout::stack, v_stack_.get(), row_bytes_.v}});
     }
-    const int64_t row_bytes = (p_.head_dim + 1) * working_size(p_.dtype);
+    const int64_t row_bytes = (p_.value_dim + 1) * working_size(p_.dtype);
     const std::vector<Item> items = make_items();
     parts_ = allocate(n_parts_ * tile_queries_ * row_bytes);
     for_each_task(executor_, threads_, static_cast<int64_t>(items.size()),
@@ -126,7 +127,7 @@ class Forward {
 
   template <typename T>
   T* partial_out(int64_t part) const {
-    return reinterpret_cast<T*>(parts_.get()) + part * tile_queries_ * p_.head_dim;
+    return reinterpret_cast<T*>(parts_.get()) + part * tile_queries_ * p_.value_dim;
   }
 
   template <typename T>
@@ -142,14 +143,14 @@ class Forward {
       return;
     }
     const std::vector<int32_t> ranges = ranges_of(item);
-    const int64_t offset = schedule_.first_row(planes_, tile.batch, tile.head) * schedule_.packed_row_bytes();
+    const int64_t first_row = schedule_.first_row(planes_, tile.batch, tile.head);
     ForwardTile task{.params = &p_,
                      .batch = tile.batch,
                      .head = tile.head,
                      .q_begin = tile.q_begin,
                      .n_queries = tile.n_queries,
-                     .k_rows = packs_per_tile_ ? nullptr : k_rows_.get() + offset,
-                     .v_stack = packs_per_tile_ ? nullptr : v_stack_.get() + offset,
+                     .k_rows = packs_per_tile_ ? nullptr : k_rows_.get() + first_row * row_bytes_.k,
+                     .v_stack = packs_per_tile_ ? nullptr : v_stack_.get() + first_row * row_bytes_.v,
                      .key_ranges = ranges.data(),
                      .n_key_ranges = static_cast<int64_t>(ranges.size() / 2),
                      .scratch = scratch};
@@ -162,9 +163,10 @@ class Forward {
 
   // Packs as many keys as the cache holds besides the tile, lets the tile go over them, and so on.
   void run_in_pieces(ForwardTile task, const std::vector<int32_t>& ranges, char* packed) const {
-    const int64_t alignment = kernels_.key_alignment(p_.dtype), row_bytes = schedule_.packed_row_bytes();
+    const int64_t alignment = kernels_.key_alignment(p_.dtype);
+    const int64_t kv_head = task.head / p_.heads_per_kv_head();
     const int32_t* source = schedule_.keys(task.batch).source.data();
-    char* const v_packed = packed + piece_rows_ * row_bytes;
+    char* const v_packed = packed + piece_rows_ * row_bytes_.k;
     task.k_rows = packed;
     task.v_stack = v_packed;
     task.last = false;
@@ -178,17 +180,17 @@ class Forward {
       piece.clear();
       rows = 0;
     };
-    const auto pack_piece = [&](const void* tensor, const Strides& strides, PackedLayout layout, int64_t key, int64_t n,
-                                char* target) {
-      kernels_.pack_rows({head_start(tensor, strides, task.batch, task.head, p_.dtype), strides.token, source + key, n,
-                          p_.head_dim, p_.dtype, layout, target + rows * row_bytes});
+    const auto pack_piece = [&](const PackedTensor& tensor, int64_t key, int64_t n) {
+      kernels_.pack_rows({head_start(tensor.source, tensor.strides, task.batch, kv_head, p_.dtype),
+                          tensor.strides.token, source + key, n, tensor.head_dim, p_.dtype, tensor.layout,
+                          tensor.packed + rows * tensor.row_bytes});
     };
     for (size_t r = 0; r < ranges.size(); r += 2) {
       for (int64_t key = ranges[r]; key < ranges[r + 1];) {
         const int64_t n = std::min(ranges[r + 1] - key, piece_rows_ - rows);
         const int64_t n_aligned = (n + alignment - 1) / alignment * alignment;
-        pack_piece(p_.k, p_.k_strides, PackedLayout::rows, key, n_aligned, packed);
-        pack_piece(p_.v, p_.v_strides, PackedLayout::stack, key, n_aligned, v_packed);
+        pack_piece({p_.k, p_.k_strides, p_.head_dim, PackedLayout::rows, packed, row_bytes_.k}, key, n_aligned);
+        pack_piece({p_.v, p_.v_strides, p_.value_dim, PackedLayout::stack, v_packed, row_bytes_.v}, key, n_aligned);
         piece.insert(piece.end(), {static_cast<int32_t>(rows), static_cast<int32_t>(rows + n)});
         rows += n_aligned;
         key += n;
@@ -210,29 +212,29 @@ class Forward {
       // A finite reference where no score is: weights of 0 then, and outputs of 0, as without keys.
       const T reference = max == -std::numeric_limits<T>::infinity() ? T(0) : max;
       T sum = 0;
-      T* out = partial_out<T>(first.part) + i * p_.head_dim;
+      T* out = partial_out<T>(first.part) + i * p_.value_dim;
       for (int32_t part = 0; part < first.n_parts; ++part) {
         const T weight = std::exp(partial_lse<T>(first.part + part)[i] - reference);
-        const T* row = partial_out<T>(first.part + part) + i * p_.head_dim;
-        for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = (part == 0 ? T(0) : out[d]) + weight * row[d];
+        const T* row = partial_out<T>(first.part + part) + i * p_.value_dim;
+        for (int64_t d = 0; d < p_.value_dim; ++d) out[d] = (part == 0 ? T(0) : out[d]) + weight * row[d];
         sum += weight;
       }
       const T inverse = sum == 0 ? T(0) : 1 / sum;
-      for (int64_t d = 0; d < p_.head_dim; ++d) out[d] *= inverse;
+      for (int64_t d = 0; d < p_.value_dim; ++d) out[d] *= inverse;
       lse[i] = reference + std::log(sum);
     }
     std::vector<int32_t> rows(tile.n_queries);
     std::iota(rows.begin(), rows.end(), 0);
-    const int64_t stride = p_.heads * p_.head_dim;
+    const int64_t stride = p_.heads * p_.value_dim;
     const int64_t row = (tile.batch * p_.n_queries + tile.q_begin) * p_.heads + tile.head;
     selected_kernels().unpack_rows({.packed = partial_out<T>(first.part),
-                                    .packed_row_bytes = p_.head_dim * static_cast<int64_t>(sizeof(T)),
+                                    .packed_row_bytes = p_.value_dim * static_cast<int64_t>(sizeof(T)),
                                     .indices = rows.data(),
                                     .n_tokens = tile.n_queries,
-                                    .head_dim = p_.head_dim,
+                                    .head_dim = p_.value_dim,
                                     .scale = 1.0,
                                     .dtype = p_.dtype,
-                                    .target = static_cast<char*>(p_.out) + row * p_.head_dim * storage_size(p_.dtype),
+                                    .target = static_cast<char*>(p_.out) + row * p_.value_dim * storage_size(p_.dtype),
                                     .target_stride = stride});
   }
 
@@ -240,6 +242,7 @@ class Forward {
   const Executor& executor_;
   const ProductKernels& kernels_;
   const Schedule schedule_;
+  const RowBytes row_bytes_;
   const int64_t threads_;
   const Planes planes_;
   const int64_t tile_queries_;

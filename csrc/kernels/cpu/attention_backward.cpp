@@ -72,7 +72,7 @@ std::vector<int64_t> group_planes(const AttentionParams& p, const Schedule& sche
   double operations = 0, tiles = 0;
   for (int64_t plane = all.begin; plane + 1 < all.end; ++plane) {
     operations += schedule.operations({plane, plane + 1}, kOperationsPerScore);
-    tiles += static_cast<double>(p.n_queries) / static_cast<double>(tile_queries);
+    tiles += static_cast<double>(p.n_queries * p.heads_per_kv_head()) / static_cast<double>(tile_queries);
     if (threads > 1 && (operations < min_operations || tiles < min_tiles)) continue;
     bounds.push_back(plane + 1);
     operations = tiles = 0;
@@ -92,7 +92,9 @@ class Backward {
         kernels_(suitable_products(p_, allow_split_float32)),
         schedule_(p_, kernels_),
         threads_(schedule_.threads(executor, kOperationsPerScore)),
-        scratch_bytes_(kernels_.backward_scratch_bytes(p_.head_dim, p_.dtype)),
+        row_bytes_(schedule_.packed_row_bytes()),
+        sum_bytes_(schedule_.sum_row_bytes()),
+        scratch_bytes_(kernels_.backward_scratch_bytes(p_)),
         scratch_(allocate(threads_ * scratch_bytes_)),
         wants_grad_q_(params.grad_q != nullptr || params.grad_q_freqs != nullptr),
         sums_in_place_(params.grad_q != nullptr &&
@@ -114,20 +116,24 @@ class Backward {
       } else {
         for (int64_t phase = 0; phase < threads_; ++phase) run_phase(phase);
       }
-      if (params_.grad_k != nullptr) unpack(grad_k_rows_.get(), p_.scale, params_.grad_k);
-      if (params_.grad_v != nullptr) unpack(grad_v_rows_.get(), 1.0, params_.grad_v);
+      if (params_.grad_k != nullptr) unpack(grad_k_rows_.get(), sum_bytes_.k, p_.head_dim, p_.scale, params_.grad_k);
+      if (params_.grad_v != nullptr) unpack(grad_v_rows_.get(), sum_bytes_.v, p_.value_dim, 1.0, params_.grad_v);
       if (wants_grad_q_) finish_grad_q();
     }
   }
 
  private:
-  // Sums of grad_q: in the gradient itself, or [planes, n_queries, head_dim].
+  // Sums of grad_q: in the gradient itself, or [heads of the planes, n_queries, head_dim].
   int64_t grad_q_stride() const { return sums_in_place_ ? p_.heads * p_.head_dim : p_.head_dim; }
+
+  // Heads of queries are counted as planes are.
+  int64_t first_head() const { return planes_.begin * p_.heads_per_kv_head(); }
+  int64_t n_heads() const { return (planes_.end - planes_.begin) * p_.heads_per_kv_head(); }
 
   char* grad_q_sums(int64_t batch, int64_t head, int64_t token) const {
     if (!wants_grad_q_) return nullptr;
     const int64_t row = sums_in_place_ ? (batch * p_.n_queries + token) * p_.heads + head
-                                       : (batch * p_.heads + head - planes_.begin) * p_.n_queries + token;
+                                       : (batch * p_.heads + head - first_head()) * p_.n_queries + token;
     char* const base = sums_in_place_ ? static_cast<char*>(params_.grad_q) : grad_q_.get();
     return base + row * p_.head_dim * working_size(p_.dtype);
   }
@@ -139,26 +145,27 @@ class Backward {
   }
 
   void begin_group() {
-    const int64_t packed_bytes = schedule_.n_rows(planes_) * schedule_.packed_row_bytes();
-    const int64_t sum_bytes = schedule_.n_rows(planes_) * schedule_.sum_row_bytes();
-    reserve(k_rows_, packed_bytes);
-    reserve(v_rows_, packed_bytes);
-    const PackedTensor k{p_.k, p_.k_strides, PackedLayout::rows, k_rows_.get()};
-    const PackedTensor v{p_.v, p_.v_strides, PackedLayout::rows, v_rows_.get()};
+    const int64_t n_rows = schedule_.n_rows(planes_);
+    reserve(k_rows_, n_rows * row_bytes_.k);
+    reserve(v_rows_, n_rows * row_bytes_.v);
+    const PackedTensor k{p_.k, p_.k_strides, p_.head_dim, PackedLayout::rows, k_rows_.get(), row_bytes_.k};
+    const PackedTensor v{p_.v, p_.v_strides, p_.value_dim, PackedLayout::rows, v_rows_.get(), row_bytes_.v};
     if (schedule_.has_stacks()) {
-      reserve(k_stack_, packed_bytes);
-      const PackedTensor stacked_k{p_.k, p_.k_strides, PackedLayout::stack, k_stack_.get()};
+      reserve(k_stack_, n_rows * row_bytes_.k);
+      const PackedTensor stacked_k{p_.k, p_.k_strides, p_.head_dim, PackedLayout::stack, k_stack_.get(), row_bytes_.k};
       pack(p_, schedule_, planes_, kernels_, executor_, threads_, {k, v, stacked_k});
     } else {
       pack(p_, schedule_, planes_, kernels_, executor_, threads_, {k, v});
     }
-    for (auto [gradient, rows] : {std::pair(params_.grad_k, &grad_k_rows_), {params_.grad_v, &grad_v_rows_}}) {
-      if (gradient == nullptr) continue;
-      reserve(*rows, sum_bytes);
-      std::memset(rows->get(), 0, sum_bytes);
-    }
+    const auto begin_sums = [&](const void* gradient, Buffer& rows, int64_t bytes) {
+      if (gradient == nullptr) return;
+      reserve(rows, bytes);
+      std::memset(rows.get(), 0, bytes);
+    };
+    begin_sums(params_.grad_k, grad_k_rows_, n_rows * sum_bytes_.k);
+    begin_sums(params_.grad_v, grad_v_rows_, n_rows * sum_bytes_.v);
     if (wants_grad_q_ && !sums_in_place_) {
-      const int64_t bytes = (planes_.end - planes_.begin) * p_.n_queries * p_.head_dim * working_size(p_.dtype);
+      const int64_t bytes = n_heads() * p_.n_queries * p_.head_dim * working_size(p_.dtype);
       reserve(grad_q_, bytes);
       std::memset(grad_q_.get(), 0, bytes);
     } else if (wants_grad_q_ && planes_.begin == 0) {
@@ -216,23 +223,23 @@ class Backward {
     constexpr int64_t kMinSliceKeys = 1024;
     const int64_t planes = planes_.end - planes_.begin, rows = schedule_.n_rows(planes_);
     // Sums of every thread take no more memory than the queries.
-    return threads_ > 1 && rows < kMinSliceKeys * threads_ * planes && rows * threads_ <= p_.n_queries * planes;
+    return threads_ > 1 && rows < kMinSliceKeys * threads_ * planes && rows * threads_ <= p_.n_queries * n_heads();
   }
 
   // Every thread owns a run of query tiles, and sums of all keys' gradients, which are added in the order of the
   // threads.
   void run_apart() {
-    const int64_t bytes = schedule_.n_rows(planes_) * schedule_.sum_row_bytes();
-    const Buffer k_sums = allocate(grad_k_rows_ ? (threads_ - 1) * bytes : 0);
-    const Buffer v_sums = allocate(grad_v_rows_ ? (threads_ - 1) * bytes : 0);
-    const auto sums_of = [&](const Buffer& rows, const Buffer& sums, int64_t thread) -> char* {
+    const int64_t n_rows = schedule_.n_rows(planes_), k_bytes = n_rows * sum_bytes_.k, v_bytes = n_rows * sum_bytes_.v;
+    const Buffer k_sums = allocate(grad_k_rows_ ? (threads_ - 1) * k_bytes : 0);
+    const Buffer v_sums = allocate(grad_v_rows_ ? (threads_ - 1) * v_bytes : 0);
+    const auto sums_of = [](const Buffer& rows, const Buffer& sums, int64_t bytes, int64_t thread) -> char* {
       return !rows ? nullptr : thread == 0 ? rows.get() : sums.get() + (thread - 1) * bytes;
     };
     executor_.run(threads_, [&](int64_t thread) {
-      char* const grad_k = sums_of(grad_k_rows_, k_sums, thread);
-      char* const grad_v = sums_of(grad_v_rows_, v_sums, thread);
-      if (thread > 0 && grad_k != nullptr) std::memset(grad_k, 0, bytes);
-      if (thread > 0 && grad_v != nullptr) std::memset(grad_v, 0, bytes);
+      char* const grad_k = sums_of(grad_k_rows_, k_sums, k_bytes, thread);
+      char* const grad_v = sums_of(grad_v_rows_, v_sums, v_bytes, thread);
+      if (thread > 0 && grad_k != nullptr) std::memset(grad_k, 0, k_bytes);
+      if (thread > 0 && grad_v != nullptr) std::memset(grad_v, 0, v_bytes);
       for (int64_t i = tile_bounds_[thread]; i < tile_bounds_[thread + 1] && !executor_.stops(); ++i) {
         const Tile& tile = tiles_[i];
         const auto n_rows = static_cast<int32_t>(schedule_.keys(tile.batch).source.size());
@@ -241,11 +248,14 @@ class Backward {
       }
     });
     for (int64_t thread = 1; thread < threads_; ++thread) {
-      for (const auto& [rows, sums] : {std::pair(&grad_k_rows_, &k_sums), {&grad_v_rows_, &v_sums}}) {
-        if (!*rows) continue;
-        p_.dtype == ScalarType::float64 ? add_sums<double>(rows->get(), sums_of(*rows, *sums, thread), bytes)
-                                        : add_sums<float>(rows->get(), sums_of(*rows, *sums, thread), bytes);
-      }
+      const auto add = [&](const Buffer& rows, const Buffer& sums, int64_t bytes) {
+        if (!rows) return;
+        const char* source = sums_of(rows, sums, bytes, thread);
+        p_.dtype == ScalarType::float64 ? add_sums<double>(rows.get(), source, bytes)
+                                        : add_sums<float>(rows.get(), source, bytes);
+      };
+      add(grad_k_rows_, k_sums, k_bytes);
+      add(grad_v_rows_, v_sums, v_bytes);
     }
   }
 
@@ -281,24 +291,23 @@ class Backward {
     const KeyRangeTableView table = schedule_.keys(tile.batch).table.view();
     if (!reads_any(table, tile.group, slice.begin, slice.end)) return;
     const int64_t row = schedule_.first_row(planes_, tile.batch, tile.head);
-    const int64_t packed = row * schedule_.packed_row_bytes(), sums = row * schedule_.sum_row_bytes();
     kernels_.backward_tile({
         .params = &params_,
         .batch = tile.batch,
         .head = tile.head,
         .q_begin = tile.q_begin,
         .n_queries = tile.n_queries,
-        .k_rows = k_rows_.get() + packed,
-        .k_stack = (schedule_.has_stacks() ? k_stack_ : k_rows_).get() + packed,
-        .v_rows = v_rows_.get() + packed,
+        .k_rows = k_rows_.get() + row * row_bytes_.k,
+        .k_stack = (schedule_.has_stacks() ? k_stack_ : k_rows_).get() + row * row_bytes_.k,
+        .v_rows = v_rows_.get() + row * row_bytes_.v,
         .key_ranges = table.k_ranges + 2 * table.k_offsets[tile.group],
         .n_key_ranges = table.k_offsets[tile.group + 1] - table.k_offsets[tile.group],
         .key_begin = slice.begin,
         .key_end = slice.end,
         .grad_q = grad_q,
         .grad_q_stride = stride,
-        .grad_k_rows = grad_k == nullptr ? nullptr : grad_k + sums,
-        .grad_v_rows = grad_v == nullptr ? nullptr : grad_v + sums,
+        .grad_k_rows = grad_k == nullptr ? nullptr : grad_k + row * sum_bytes_.k,
+        .grad_v_rows = grad_v == nullptr ? nullptr : grad_v + row * sum_bytes_.v,
         .scratch = scratch_.get() + thread * scratch_bytes_,
     });
   }
@@ -315,11 +324,11 @@ class Backward {
 
   // Adds the sums of copied keys to those of the keys, in their order.
   template <typename T>
-  void add_copies(char* rows, const std::vector<std::vector<int32_t>>& packed_row) const {
-    const int64_t length = schedule_.sum_row_bytes() / static_cast<int64_t>(sizeof(T));
+  void add_copies(char* rows, int64_t row_bytes, const std::vector<std::vector<int32_t>>& packed_row) const {
+    const int64_t length = row_bytes / static_cast<int64_t>(sizeof(T));
     for_each_task(executor_, threads_, planes_.end - planes_.begin, [&](int64_t i, int64_t) {
-      const int64_t batch = (planes_.begin + i) / p_.heads, head = (planes_.begin + i) % p_.heads;
-      T* sums = reinterpret_cast<T*>(rows + schedule_.first_row(planes_, batch, head) * schedule_.sum_row_bytes());
+      const int64_t plane = planes_.begin + i, batch = plane / p_.kv_heads;
+      T* sums = reinterpret_cast<T*>(rows + schedule_.first_row(planes_, plane) * row_bytes);
       const CompactedKeys& keys = schedule_.keys(batch);
       for (size_t j = keys.first_copy; j < keys.source.size(); ++j) {
         if (keys.source[j] < 0) continue;
@@ -329,24 +338,25 @@ class Backward {
     });
   }
 
-  void unpack(char* rows, double scale, void* target) const {
+  void unpack(char* rows, int64_t row_bytes, int64_t head_dim, double scale, void* target) const {
     std::vector<std::vector<int32_t>> packed_row(p_.batch);
     for (int64_t plane = planes_.begin; plane < planes_.end; ++plane) {
-      std::vector<int32_t>& of_batch = packed_row[plane / p_.heads];
-      if (of_batch.empty()) of_batch = packed_rows(plane / p_.heads);
+      std::vector<int32_t>& of_batch = packed_row[plane / p_.kv_heads];
+      if (of_batch.empty()) of_batch = packed_rows(plane / p_.kv_heads);
     }
-    p_.dtype == ScalarType::float64 ? add_copies<double>(rows, packed_row) : add_copies<float>(rows, packed_row);
-    const std::vector<RowTask> tasks = row_tasks(planes_, p_.heads, [&](int64_t) { return p_.n_keys; });
-    const Strides strides{p_.n_keys * p_.heads * p_.head_dim, p_.heads * p_.head_dim, p_.head_dim};
+    p_.dtype == ScalarType::float64 ? add_copies<double>(rows, row_bytes, packed_row)
+                                    : add_copies<float>(rows, row_bytes, packed_row);
+    const std::vector<RowTask> tasks = row_tasks(planes_, p_.kv_heads, [&](int64_t) { return p_.n_keys; });
+    const Strides strides{p_.n_keys * p_.kv_heads * head_dim, p_.kv_heads * head_dim, head_dim};
     for_each_task(executor_, threads_, static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {
       const RowTask& task = tasks[i];
-      char* first = const_cast<char*>(head_start(target, strides, task.batch, task.head, p_.dtype));
+      char* first = const_cast<char*>(head_start(target, strides, task.batch, task.kv_head, p_.dtype));
       vector_kernels_.unpack_rows({
-          .packed = rows + schedule_.first_row(planes_, task.batch, task.head) * schedule_.sum_row_bytes(),
-          .packed_row_bytes = schedule_.sum_row_bytes(),
+          .packed = rows + schedule_.first_row(planes_, task.plane) * row_bytes,
+          .packed_row_bytes = row_bytes,
           .indices = packed_row[task.batch].data() + task.begin,
           .n_tokens = task.end - task.begin,
-          .head_dim = p_.head_dim,
+          .head_dim = head_dim,
           .scale = scale,
           .dtype = p_.dtype,
           .target = first + task.begin * strides.token * storage_size(p_.dtype),
@@ -360,8 +370,8 @@ class Backward {
     const int64_t n_tasks = (p_.n_queries + tokens_per_task - 1) / tokens_per_task;
     for_each_task(executor_, threads_, n_tasks, [&](int64_t i, int64_t) {
       const int64_t begin = i * tokens_per_task, end = std::min(begin + tokens_per_task, p_.n_queries);
-      for (int64_t plane = planes_.begin; plane < planes_.end; ++plane) {
-        const int64_t batch = plane / p_.heads, head = plane % p_.heads;
+      for (int64_t index = first_head(); index < first_head() + n_heads(); ++index) {
+        const int64_t batch = index / p_.heads, head = index % p_.heads;
         vector_kernels_.finish_grad_q(
             {&params_, batch, head, begin, end, grad_q_sums(batch, head, begin), grad_q_stride()});
       }
@@ -375,6 +385,8 @@ class Backward {
   const ProductKernels& kernels_;
   const Schedule schedule_;
   const int64_t threads_;
+  const RowBytes row_bytes_;
+  const RowBytes sum_bytes_;
   const int64_t scratch_bytes_;
   const Buffer scratch_;
   const bool wants_grad_q_;

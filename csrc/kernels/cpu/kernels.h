@@ -78,8 +78,8 @@ struct BackwardTile {
   int32_t key_end;
   void* grad_q;           // [n_queries, head_dim] working type, added to, without `scale`; may be null
   int64_t grad_q_stride;  // elements between its rows
-  void* grad_k_rows;      // [packed keys] · sum_row_bytes, added to, without `scale`; may be null
-  void* grad_v_rows;      // [packed keys] · sum_row_bytes, added to; may be null
+  void* grad_k_rows;      // [packed keys] · sum_row_bytes(head_dim), added to, without `scale`; may be null
+  void* grad_v_rows;      // [packed keys] · sum_row_bytes(value_dim), added to; may be null
   void* scratch;          // backward_scratch_bytes
 };
 
@@ -111,13 +111,13 @@ struct RopeBackwardTokens {
 
 // The steps that multiply matrices: each set of them chooses the layout of its packed operands.
 struct ProductKernels {
-  int64_t (*forward_tile_queries)(int64_t head_dim, ScalarType dtype);
+  int64_t (*forward_tile_queries)(const AttentionParams&);
   int64_t (*backward_tile_queries)(ScalarType dtype);
   int64_t (*key_alignment)(ScalarType dtype);  // elements of the summed axis in one operand
   int64_t (*packed_row_bytes)(int64_t head_dim, ScalarType dtype);
   int64_t (*sum_row_bytes)(int64_t head_dim, ScalarType dtype);
-  int64_t (*forward_scratch_bytes)(int64_t head_dim, ScalarType dtype);
-  int64_t (*backward_scratch_bytes)(int64_t head_dim, ScalarType dtype);
+  int64_t (*forward_scratch_bytes)(const AttentionParams&);
+  int64_t (*backward_scratch_bytes)(const AttentionParams&);
   void (*pack_rows)(const PackRows&);
   void (*forward_tile)(const ForwardTile&);
   void (*backward_tile)(const BackwardTile&);

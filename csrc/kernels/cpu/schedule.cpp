@@ -53,8 +53,8 @@ const ProductKernels& suitable_products(const AttentionParams& p, bool allow_spl
 Schedule::Schedule(const AttentionParams& p, const ProductKernels& kernels)
     : params_(p),
       alignment_(kernels.key_alignment(p.dtype)),
-      packed_row_bytes_(kernels.packed_row_bytes(p.head_dim, p.dtype)),
-      sum_row_bytes_(kernels.sum_row_bytes(p.head_dim, p.dtype)) {
+      packed_row_bytes_{kernels.packed_row_bytes(p.head_dim, p.dtype), kernels.packed_row_bytes(p.value_dim, p.dtype)},
+      sum_row_bytes_{kernels.sum_row_bytes(p.head_dim, p.dtype), kernels.sum_row_bytes(p.value_dim, p.dtype)} {
   const int64_t n_layouts = p.key_mask == nullptr ? std::min<int64_t>(p.batch, 1) : p.batch;
   for (int64_t b = 0; b < n_layouts; ++b) {
     const bool* mask = p.key_mask == nullptr ? nullptr : p.key_mask + b * p.key_mask_batch_stride;
@@ -62,17 +62,17 @@ Schedule::Schedule(const AttentionParams& p, const ProductKernels& kernels)
     areas_.push_back(static_cast<double>(layouts_.back().table.area()));
   }
   first_rows_.push_back(0);
-  for (int64_t plane = 0; plane < p.batch * p.heads; ++plane) {
-    first_rows_.push_back(first_rows_.back() + static_cast<int64_t>(keys(plane / p.heads).source.size()));
+  for (int64_t plane = 0; plane < p.batch * p.kv_heads; ++plane) {
+    first_rows_.push_back(first_rows_.back() + static_cast<int64_t>(keys(plane / p.kv_heads).source.size()));
   }
 }
 
 double Schedule::operations(Planes planes, double operations_per_score) const {
   double area = 0;
   for (int64_t plane = planes.begin; plane < planes.end; ++plane) {
-    area += areas_[layout(plane / params_.heads)];
+    area += areas_[layout(plane / params_.kv_heads)] * static_cast<double>(params_.heads_per_kv_head());
   }
-  return operations_per_score * area * static_cast<double>(params_.head_dim);
+  return operations_per_score * area * static_cast<double>(params_.head_dim + params_.value_dim) / 2;
 }
 
 int64_t Schedule::threads(const Executor& executor, double operations_per_score) const {
@@ -83,7 +83,11 @@ int64_t Schedule::threads(const Executor& executor, double operations_per_score)
 std::vector<Tile> Schedule::tiles(Planes planes, int64_t tile_queries, bool with_gaps) const {
   std::vector<Tile> tiles;
   for (int64_t plane = planes.begin; plane < planes.end; ++plane) {
-    append_tiles(plane / params_.heads, plane % params_.heads, tile_queries, with_gaps, tiles);
+    const int64_t batch = plane / params_.kv_heads, shared_by = params_.heads_per_kv_head();
+    const int64_t first = plane % params_.kv_heads * shared_by;
+    for (int64_t head = first; head < first + shared_by; ++head) {
+      append_tiles(batch, head, tile_queries, with_gaps, tiles);
+    }
   }
   return tiles;
 }
@@ -109,15 +113,14 @@ void Schedule::append_tiles(int64_t batch, int64_t head, int64_t tile_queries, b
 void pack(const AttentionParams& p, const Schedule& schedule, Planes planes, const ProductKernels& kernels,
           const Executor& executor, int64_t threads, std::initializer_list<PackedTensor> tensors) {
   const std::vector<RowTask> tasks = row_tasks(
-      planes, p.heads, [&](int64_t batch) { return static_cast<int64_t>(schedule.keys(batch).source.size()); });
+      planes, p.kv_heads, [&](int64_t batch) { return static_cast<int64_t>(schedule.keys(batch).source.size()); });
   for_each_task(executor, threads, static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {
     const RowTask& task = tasks[i];
     for (const PackedTensor& tensor : tensors) {
-      kernels.pack_rows({head_start(tensor.source, tensor.strides, task.batch, task.head, p.dtype),
+      kernels.pack_rows({head_start(tensor.source, tensor.strides, task.batch, task.kv_head, p.dtype),
                          tensor.strides.token, schedule.keys(task.batch).source.data() + task.begin,
-                         task.end - task.begin, p.head_dim, p.dtype, tensor.layout,
-                         tensor.packed + (schedule.first_row(planes, task.batch, task.head) + task.begin) *
-                                             schedule.packed_row_bytes()});
+                         task.end - task.begin, tensor.head_dim, p.dtype, tensor.layout,
+                         tensor.packed + (schedule.first_row(planes, task.plane) + task.begin) * tensor.row_bytes});
     }
   });
 }

@@ -35,10 +35,16 @@ struct Tile {
   int64_t n_keys;
 };
 
-// Heads of batch elements, counted head by head: plane = batch · heads + head.
+// Heads of keys of batch elements, counted head by head: plane = batch · kv_heads + kv_head.
 struct Planes {
   int64_t begin;
   int64_t end;
+};
+
+// Of keys and of values, which may have heads of another size.
+struct RowBytes {
+  int64_t k;
+  int64_t v;
 };
 
 // The steps for a call: the matrix unit's, unless the ranges are so short and so many that padding each of them to its
@@ -57,20 +63,21 @@ class Schedule {
   // Whether the two layouts of packed rows differ.
   bool has_stacks() const { return alignment_ > 1; }
 
-  Planes all_planes() const { return {0, params_.batch * params_.heads}; }
+  Planes all_planes() const { return {0, params_.batch * params_.kv_heads}; }
   int64_t n_rows(Planes planes) const { return first_rows_[planes.end] - first_rows_[planes.begin]; }
-  int64_t packed_row_bytes() const { return packed_row_bytes_; }
-  int64_t sum_row_bytes() const { return sum_row_bytes_; }
-  // Where the rows of a head begin among those of some planes.
+  RowBytes packed_row_bytes() const { return packed_row_bytes_; }
+  RowBytes sum_row_bytes() const { return sum_row_bytes_; }
+  // Where the rows that a head of queries reads begin among those of some planes.
   int64_t first_row(Planes planes, int64_t batch, int64_t head) const {
-    return first_rows_[batch * params_.heads + head] - first_rows_[planes.begin];
+    return first_rows_[batch * params_.kv_heads + head / params_.heads_per_kv_head()] - first_rows_[planes.begin];
   }
+  int64_t first_row(Planes planes, int64_t plane) const { return first_rows_[plane] - first_rows_[planes.begin]; }
 
   double operations(Planes planes, double operations_per_score) const;
   int64_t threads(const Executor& executor, double operations_per_score) const;
 
-  // Tiles of one head lie together, so that its keys and values stay in the cache. `with_gaps` adds the rows that
-  // read no key.
+  // Tiles of heads that share keys lie together, so that keys and values stay in the cache. `with_gaps` adds the rows
+  // that read no key.
   std::vector<Tile> tiles(Planes planes, int64_t tile_queries, bool with_gaps) const;
 
  private:
@@ -78,8 +85,8 @@ class Schedule {
 
   const AttentionParams& params_;
   int64_t alignment_;
-  int64_t packed_row_bytes_;
-  int64_t sum_row_bytes_;
+  RowBytes packed_row_bytes_;
+  RowBytes sum_row_bytes_;
   std::vector<CompactedKeys> layouts_;
   std::vector<double> areas_;        // of each layout
   std::vector<int64_t> first_rows_;  // of each plane, and behind the last one
@@ -94,22 +101,23 @@ void for_each_task(const Executor& executor, int64_t threads, int64_t n_tasks, c
   });
 }
 
-// Rows of a head, few enough to share the work among threads.
+// Rows of a plane, few enough to share the work among threads.
 struct RowTask {
+  int64_t plane;
   int64_t batch;
-  int64_t head;
+  int64_t kv_head;
   int64_t begin;
   int64_t end;
 };
 
 template <typename CountRows>
-std::vector<RowTask> row_tasks(Planes planes, int64_t heads, const CountRows& count_rows) {
+std::vector<RowTask> row_tasks(Planes planes, int64_t kv_heads, const CountRows& count_rows) {
   constexpr int64_t kRowsPerTask = 256;
   std::vector<RowTask> tasks;
   for (int64_t plane = planes.begin; plane < planes.end; ++plane) {
-    const int64_t n = count_rows(plane / heads);
+    const int64_t n = count_rows(plane / kv_heads);
     for (int64_t begin = 0; begin < n; begin += kRowsPerTask) {
-      tasks.push_back({plane / heads, plane % heads, begin, std::min(begin + kRowsPerTask, n)});
+      tasks.push_back({plane, plane / kv_heads, plane % kv_heads, begin, std::min(begin + kRowsPerTask, n)});
     }
   }
   return tasks;
@@ -128,8 +136,10 @@ inline const char* head_start(const void* tensor, const Strides& strides, int64_
 struct PackedTensor {
   const void* source;
   Strides strides;
+  int64_t head_dim;
   PackedLayout layout;
   char* packed;
+  int64_t row_bytes;
 };
 
 void pack(const AttentionParams& params, const Schedule& schedule, Planes planes, const ProductKernels& kernels,

@@ -12,14 +12,15 @@ constexpr int64_t kBackwardTileQueries = 64;
 
 template <int kParts>
 struct TileBackwardScratch {
-  TileBackwardScratch(void* base, int64_t padded) : scratch(base) {
+  TileBackwardScratch(void* base, const AttentionParams& p)
+      : scratch(base), padded(round_up_to_tile_block(p.head_dim)), padded_values(round_up_to_tile_block(p.value_dim)) {
     constexpr int64_t kQueries = kBackwardTileQueries;
     q_rows = scratch.take<float>(kQueries * padded);
-    grad_out_rows = scratch.take<float>(kQueries * padded);
+    grad_out_rows = scratch.take<float>(kQueries * padded_values);
     q_panel = scratch.take<BFloat16Pair>(kParts * padded / 2 * kQueries);
-    grad_out_panel = scratch.take<BFloat16Pair>(kParts * padded / 2 * kQueries);
+    grad_out_panel = scratch.take<BFloat16Pair>(kParts * padded_values / 2 * kQueries);
     q_stack = scratch.take<BFloat16Pair>(kParts * kQueries / 2 * padded);
-    grad_out_stack = scratch.take<BFloat16Pair>(kParts * kQueries / 2 * padded);
+    grad_out_stack = scratch.take<BFloat16Pair>(kParts * kQueries / 2 * padded_values);
     grad_q_panel = scratch.take<float>(padded * kQueries);
     scores = scratch.take<float>(kChunkKeys * kQueries);
     grad_probabilities = scratch.take<float>(kChunkKeys * kQueries);
@@ -31,12 +32,14 @@ struct TileBackwardScratch {
   }
 
   Scratch scratch;
+  int64_t padded;                  // head_dim
+  int64_t padded_values;           // value_dim
   float* q_rows;                   // [tile_queries, padded_head_dim], rotated
-  float* grad_out_rows;            // [tile_queries, padded_head_dim]
+  float* grad_out_rows;            // [tile_queries, padded_value_dim]
   BFloat16Pair* q_panel;           // [parts, padded_head_dim / 2, tile_queries]
-  BFloat16Pair* grad_out_panel;    // [parts, padded_head_dim / 2, tile_queries]
+  BFloat16Pair* grad_out_panel;    // [parts, padded_value_dim / 2, tile_queries]
   BFloat16Pair* q_stack;           // [parts, tile_queries / 2, padded_head_dim]
-  BFloat16Pair* grad_out_stack;    // [parts, tile_queries / 2, padded_head_dim]
+  BFloat16Pair* grad_out_stack;    // [parts, tile_queries / 2, padded_value_dim]
   float* grad_q_panel;             // [padded_head_dim, tile_queries]
   float* scores;                   // [chunk_keys, tile_queries], without scale
   float* grad_probabilities;       // [chunk_keys, tile_queries]
@@ -99,12 +102,13 @@ template <int kParts>
 struct BackwardProducts {
   const BackwardTile& tile;
   const TileBackwardScratch<kParts>& s;
-  int64_t padded;
   int64_t column_blocks;  // of the tile's queries
 
   static constexpr int64_t kQueries = kBackwardTileQueries;
 
-  TileProduct sum_over_head(const void* rows, const BFloat16Pair* panel, const KeyChunk& chunk, float* out) const {
+  // `padded` is the length of the rows.
+  TileProduct sum_over_head(const void* rows, const BFloat16Pair* panel, int64_t padded, const KeyChunk& chunk,
+                            float* out) const {
     return {key_rows<kParts>(rows, chunk.key, padded),
             scratch_pairs(panel, padded / 2, kQueries),
             out,
@@ -115,7 +119,7 @@ struct BackwardProducts {
             false};
   }
 
-  TileProduct sum_over_queries(const BFloat16* rows, const BFloat16Pair* stack, const KeyChunk& chunk,
+  TileProduct sum_over_queries(const BFloat16* rows, const BFloat16Pair* stack, int64_t padded, const KeyChunk& chunk,
                                void* grad_rows) const {
     return {scratch_rows(rows, kChunkKeys, kQueries),
             scratch_pairs(stack, kQueries / 2, padded),
@@ -128,11 +132,11 @@ struct BackwardProducts {
   }
 
   TileProduct grad_q(const KeyChunk& chunk) const {
-    return {key_stack<kParts>(tile.k_stack, chunk.key, padded),
+    return {key_stack<kParts>(tile.k_stack, chunk.key, s.padded),
             scratch_pairs(s.grad_score_pairs, kChunkKeys / 2, kQueries),
             s.grad_q_panel,
             kQueries * 4,
-            padded / kTileBlock,
+            s.padded / kTileBlock,
             column_blocks,
             tile_blocks(chunk.n_keys),
             true};
@@ -140,18 +144,20 @@ struct BackwardProducts {
 
   template <typename Tiles>
   void form_scores(const KeyChunk& chunk) const {
-    multiply_tiles<Tiles, kParts>(sum_over_head(tile.k_rows, s.q_panel, chunk, s.scores));
+    multiply_tiles<Tiles, kParts>(sum_over_head(tile.k_rows, s.q_panel, s.padded, chunk, s.scores));
     if (tile.grad_q == nullptr && tile.grad_k_rows == nullptr) return;
-    multiply_tiles<Tiles, kParts>(sum_over_head(tile.v_rows, s.grad_out_panel, chunk, s.grad_probabilities));
+    multiply_tiles<Tiles, kParts>(
+        sum_over_head(tile.v_rows, s.grad_out_panel, s.padded_values, chunk, s.grad_probabilities));
   }
 
   template <typename Tiles>
   void add_gradients(const KeyChunk& chunk) const {
     if (tile.grad_v_rows != nullptr) {
-      multiply_tiles<Tiles, kParts>(sum_over_queries(s.probability_rows, s.grad_out_stack, chunk, tile.grad_v_rows));
+      multiply_tiles<Tiles, kParts>(
+          sum_over_queries(s.probability_rows, s.grad_out_stack, s.padded_values, chunk, tile.grad_v_rows));
     }
     if (tile.grad_k_rows != nullptr) {
-      multiply_tiles<Tiles, kParts>(sum_over_queries(s.grad_score_rows, s.q_stack, chunk, tile.grad_k_rows));
+      multiply_tiles<Tiles, kParts>(sum_over_queries(s.grad_score_rows, s.q_stack, s.padded, chunk, tile.grad_k_rows));
     }
     if (tile.grad_q != nullptr) multiply_tiles<Tiles, kParts>(grad_q(chunk));
   }
@@ -162,23 +168,22 @@ void tile_backward(const BackwardTile& tile) {
   using Storage = TileStorage<kParts>;
   constexpr double kLog2E = 1.4426950408889634;
   const AttentionParams& f = tile.params->forward;
-  const int64_t padded = round_up_to_tile_block(f.head_dim);
   const int64_t columns = round_up_to_tile_block(tile.n_queries);
-  const TileBackwardScratch<kParts> s(tile.scratch, padded);
+  const TileBackwardScratch<kParts> s(tile.scratch, f);
   KeyChunks chunks(tile.key_ranges, tile.n_key_ranges, tile.key_begin, tile.key_end, kChunkKeys);
   KeyChunk chunk = chunks.next();
   if (chunk.n_keys == 0) return;
 
-  load_queries<Storage>(f, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.q_rows);
-  load_statistics<Storage>(tile, columns, padded, s.grad_out_rows, s.lse, s.delta);
-  to_tile_panel<kParts>(s.q_rows, tile.n_queries, padded, kBackwardTileQueries, s.q_panel);
-  to_tile_panel<kParts>(s.grad_out_rows, tile.n_queries, padded, kBackwardTileQueries, s.grad_out_panel);
-  to_tile_stack<kParts>(s.q_rows, tile.n_queries, padded, kBackwardTileQueries, s.q_stack);
-  to_tile_stack<kParts>(s.grad_out_rows, tile.n_queries, padded, kBackwardTileQueries, s.grad_out_stack);
-  std::memset(s.grad_q_panel, 0, padded * kBackwardTileQueries * sizeof(float));
+  load_queries<Storage>(f, tile.batch, tile.head, tile.q_begin, tile.n_queries, s.padded, s.q_rows);
+  load_statistics<Storage>(tile, columns, s.padded_values, s.grad_out_rows, s.lse, s.delta);
+  to_tile_panel<kParts>(s.q_rows, tile.n_queries, s.padded, kBackwardTileQueries, s.q_panel);
+  to_tile_panel<kParts>(s.grad_out_rows, tile.n_queries, s.padded_values, kBackwardTileQueries, s.grad_out_panel);
+  to_tile_stack<kParts>(s.q_rows, tile.n_queries, s.padded, kBackwardTileQueries, s.q_stack);
+  to_tile_stack<kParts>(s.grad_out_rows, tile.n_queries, s.padded_values, kBackwardTileQueries, s.grad_out_stack);
+  std::memset(s.grad_q_panel, 0, s.padded * kBackwardTileQueries * sizeof(float));
 
   const float factor = static_cast<float>(f.scale * kLog2E);
-  const BackwardProducts<kParts> products{tile, s, padded, columns / kTileBlock};
+  const BackwardProducts<kParts> products{tile, s, columns / kTileBlock};
   Tiles::configure(full_tiles());
   for (; chunk.n_keys > 0; chunk = chunks.next()) {
     products.template form_scores<Tiles>(chunk);

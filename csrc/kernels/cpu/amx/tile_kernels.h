@@ -10,8 +10,7 @@ namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 template <typename Tiles, int kParts>
 constexpr ProductKernels tile_product_kernels() {
   return {
-      .forward_tile_queries = [](int64_t head_dim,
-                                 ScalarType) { return forward_tile_queries(round_up_to_tile_block(head_dim)); },
+      .forward_tile_queries = [](const AttentionParams& p) { return forward_tile_queries(longer_row(p)); },
       .backward_tile_queries = [](ScalarType) { return kBackwardTileQueries; },
       .key_alignment = [](ScalarType) { return kTileBlock; },
       .packed_row_bytes =
@@ -23,13 +22,9 @@ constexpr ProductKernels tile_product_kernels() {
             return round_up_to_tile_block(head_dim) * static_cast<int64_t>(sizeof(float));
           },
       .forward_scratch_bytes =
-          [](int64_t head_dim, ScalarType) {
-            return TileForwardScratch<kParts>(nullptr, round_up_to_tile_block(head_dim)).scratch.used();
-          },
+          [](const AttentionParams& p) { return TileForwardScratch<kParts>(nullptr, p).scratch.used(); },
       .backward_scratch_bytes =
-          [](int64_t head_dim, ScalarType) {
-            return TileBackwardScratch<kParts>(nullptr, round_up_to_tile_block(head_dim)).scratch.used();
-          },
+          [](const AttentionParams& p) { return TileBackwardScratch<kParts>(nullptr, p).scratch.used(); },
       .pack_rows = pack_tile_rows<kParts>,
       .forward_tile = tile_forward<Tiles, kParts>,
       .backward_tile = tile_backward<Tiles, kParts>,

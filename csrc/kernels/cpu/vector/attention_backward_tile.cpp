@@ -12,13 +12,13 @@ constexpr double kLog2E = 1.4426950408889634;
 
 template <typename Operand, typename T = Sum<Operand>>
 struct BackwardScratch {
-  BackwardScratch(void* base, int64_t head_dim) : scratch(base) {
-    const int64_t padded = round_up_to_lanes<T>(head_dim);
+  BackwardScratch(void* base, const AttentionParams& p) : scratch(base) {
+    const int64_t padded = round_up_to_lanes<T>(p.head_dim), padded_values = round_up_to_lanes<T>(p.value_dim);
     q_rows = scratch.take<T>(kTileQueries<T> * padded);
-    grad_out_rows = scratch.take<T>(kTileQueries<T> * padded);
+    grad_out_rows = scratch.take<T>(kTileQueries<T> * padded_values);
     grad_q_rows = scratch.take<T>(kTileQueries<T> * padded);
-    q_panel = scratch.take<Operand>(operands<Operand>(head_dim) * kTileQueries<T>);
-    grad_out_panel = scratch.take<Operand>(operands<Operand>(head_dim) * kTileQueries<T>);
+    q_panel = scratch.take<Operand>(operands<Operand>(p.head_dim) * kTileQueries<T>);
+    grad_out_panel = scratch.take<Operand>(operands<Operand>(p.value_dim) * kTileQueries<T>);
     probabilities = scratch.take<T>(kChunkKeys * kTileQueries<T>);
     lse = scratch.take<T>(kTileQueries<T>);
     delta = scratch.take<T>(kTileQueries<T>);
@@ -29,7 +29,7 @@ struct BackwardScratch {
       grad_score_rows = grad_score_stack = scratch.take<T>(kChunkKeys * kTileQueries<T>);
     } else {
       q_stack = scratch.take<Operand>(operands<Operand>(kTileQueries<T>) * padded);
-      grad_out_stack = scratch.take<Operand>(operands<Operand>(kTileQueries<T>) * padded);
+      grad_out_stack = scratch.take<Operand>(operands<Operand>(kTileQueries<T>) * padded_values);
       probability_rows = scratch.take<Operand>(kChunkKeys * kRowOperands);
       grad_score_rows = scratch.take<Operand>(kChunkKeys * kRowOperands);
       grad_score_stack = scratch.take<Operand>(operands<Operand>(kChunkKeys) * kTileQueries<T>);
@@ -40,12 +40,12 @@ struct BackwardScratch {
 
   Scratch scratch;
   T* q_rows;                  // [tile_queries, padded_head_dim], rotated
-  T* grad_out_rows;           // [tile_queries, padded_head_dim]
+  T* grad_out_rows;           // [tile_queries, padded_value_dim]
   T* grad_q_rows;             // [tile_queries, padded_head_dim]
   Operand* q_panel;           // [strips, operands of head_dim, strip_columns]
-  Operand* grad_out_panel;    // [strips, operands of head_dim, strip_columns]
+  Operand* grad_out_panel;    // [strips, operands of value_dim, strip_columns]
   Operand* q_stack;           // [operands of queries, padded_head_dim]
-  Operand* grad_out_stack;    // [operands of queries, padded_head_dim]
+  Operand* grad_out_stack;    // [operands of queries, padded_value_dim]
   T* probabilities;           // [chunk_keys, tile_queries]
   Operand* probability_rows;  // [chunk_keys, operands of queries]
   Operand* grad_score_rows;   // [chunk_keys, operands of queries]
@@ -138,26 +138,26 @@ template <typename Storage, typename T = Working<Storage>>
 void backward_tile_of(const BackwardTile& tile) {
   using Operand = typename OperandOf<Storage>::Type;
   const AttentionParams& f = tile.params->forward;
-  const int64_t padded = round_up_to_lanes<T>(f.head_dim);
+  const int64_t padded = round_up_to_lanes<T>(f.head_dim), padded_values = round_up_to_lanes<T>(f.value_dim);
   const int64_t columns = round_up_to_lanes<T>(tile.n_queries);
-  const BackwardScratch<Operand> s(tile.scratch, f.head_dim);
+  const BackwardScratch<Operand> s(tile.scratch, f);
   const bool needs_grad_scores = tile.grad_q != nullptr || tile.grad_k_rows != nullptr;
 
   load_queries<Storage>(f, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.q_rows);
-  load_statistics<Storage>(tile, kTileQueries<T>, padded, s.grad_out_rows, s.lse, s.delta);
+  load_statistics<Storage>(tile, kTileQueries<T>, padded_values, s.grad_out_rows, s.lse, s.delta);
   to_panel(s.q_rows, tile.n_queries, padded, f.head_dim, s.q_panel);
-  to_panel(s.grad_out_rows, tile.n_queries, padded, f.head_dim, s.grad_out_panel);
+  to_panel(s.grad_out_rows, tile.n_queries, padded_values, f.value_dim, s.grad_out_panel);
   if constexpr (kDepth<Operand> > 1) {
     to_stack(s.q_rows, tile.n_queries, padded, s.q_stack);
-    to_stack(s.grad_out_rows, tile.n_queries, padded, s.grad_out_stack);
+    to_stack(s.grad_out_rows, tile.n_queries, padded_values, s.grad_out_stack);
   }
   std::memset(s.grad_q_rows, 0, tile.n_queries * padded * sizeof(T));
 
-  const int64_t row_operands = padded / kDepth<Operand>;
+  const int64_t k_operands = padded / kDepth<Operand>, v_operands = padded_values / kDepth<Operand>;
   const int64_t query_operands = operands<Operand>(tile.n_queries);
-  const int64_t panel_strip = operands<Operand>(f.head_dim) * kStripColumns<T>;
-  const Rows<Operand> q_panel{s.q_panel, kStripColumns<T>, panel_strip};
-  const Rows<Operand> grad_out_panel{s.grad_out_panel, kStripColumns<T>, panel_strip};
+  const int64_t head_operands = operands<Operand>(f.head_dim), value_operands = operands<Operand>(f.value_dim);
+  const Rows<Operand> q_panel{s.q_panel, kStripColumns<T>, head_operands * kStripColumns<T>};
+  const Rows<Operand> grad_out_panel{s.grad_out_panel, kStripColumns<T>, value_operands * kStripColumns<T>};
   const Broadcast<Operand> probabilities{s.probability_rows, s.kRowOperands, 1};
   const Broadcast<Operand> grad_scores{s.grad_score_rows, s.kRowOperands, 1};
   const Broadcast<Operand> grad_scores_transposed{s.grad_score_stack, 1, kTileQueries<T>};
@@ -166,17 +166,17 @@ void backward_tile_of(const BackwardTile& tile) {
     const int64_t end = tile.key_ranges[2 * r + 1] < tile.key_end ? tile.key_ranges[2 * r + 1] : tile.key_end;
     for (int64_t key = begin; key < end; key += kChunkKeys) {
       const int64_t n_keys = end - key < kChunkKeys ? end - key : kChunkKeys;
-      const Broadcast<Operand> k_rows{static_cast<const Operand*>(tile.k_rows) + key * row_operands, row_operands, 1};
-      const Broadcast<Operand> v_rows{static_cast<const Operand*>(tile.v_rows) + key * row_operands, row_operands, 1};
-      const int64_t head_operands = operands<Operand>(f.head_dim);
+      const Broadcast<Operand> k_rows{static_cast<const Operand*>(tile.k_rows) + key * k_operands, k_operands, 1};
+      const Broadcast<Operand> v_rows{static_cast<const Operand*>(tile.v_rows) + key * v_operands, v_operands, 1};
       outer_product(n_keys, columns, head_operands, k_rows, q_panel,
                     StoreProbabilities<Operand>{s, static_cast<T>(f.scale * kLog2E)});
       if (tile.grad_v_rows != nullptr) {
-        outer_product(n_keys, padded, query_operands, probabilities, Rows<Operand>{s.grad_out_stack, padded},
-                      AddTo<T>{static_cast<T*>(tile.grad_v_rows) + key * padded, padded});
+        outer_product(n_keys, padded_values, query_operands, probabilities,
+                      Rows<Operand>{s.grad_out_stack, padded_values},
+                      AddTo<T>{static_cast<T*>(tile.grad_v_rows) + key * padded_values, padded_values});
       }
       if (!needs_grad_scores) continue;
-      outer_product(n_keys, columns, head_operands, v_rows, grad_out_panel, StoreGradScores<Operand>{s});
+      outer_product(n_keys, columns, value_operands, v_rows, grad_out_panel, StoreGradScores<Operand>{s});
       if (tile.grad_k_rows != nullptr) {
         outer_product(n_keys, padded, query_operands, grad_scores, Rows<Operand>{s.q_stack, padded},
                       AddTo<T>{static_cast<T*>(tile.grad_k_rows) + key * padded, padded});
@@ -193,9 +193,9 @@ void backward_tile_of(const BackwardTile& tile) {
 
 }  // namespace
 
-int64_t backward_scratch_bytes(int64_t head_dim, ScalarType dtype) {
-  return dispatch(dtype, [&](auto storage) {
-    return BackwardScratch<typename OperandOf<decltype(storage)>::Type>(nullptr, head_dim).scratch.used();
+int64_t backward_scratch_bytes(const AttentionParams& p) {
+  return dispatch(p.dtype, [&](auto storage) {
+    return BackwardScratch<typename OperandOf<decltype(storage)>::Type>(nullptr, p).scratch.used();
   });
 }
 

@@ -13,10 +13,10 @@ constexpr double kLn2 = 0.6931471805599453;
 // Panels lie strip by strip: [strips, ·, strip_columns].
 template <typename Operand, typename T = Sum<Operand>>
 struct ForwardScratch {
-  ForwardScratch(void* base, int64_t head_dim) : scratch(base) {
-    const int64_t padded = round_up_to_lanes<T>(head_dim);
-    q_panel = scratch.take<Operand>(operands<Operand>(head_dim) * kTileQueries<T>);
-    out_panel = scratch.take<T>(head_dim * kTileQueries<T>);
+  ForwardScratch(void* base, const AttentionParams& p) : scratch(base) {
+    const int64_t padded = round_up_to_lanes<T>(p.head_dim > p.value_dim ? p.head_dim : p.value_dim);
+    q_panel = scratch.take<Operand>(operands<Operand>(p.head_dim) * kTileQueries<T>);
+    out_panel = scratch.take<T>(p.value_dim * kTileQueries<T>);
     scores = scratch.take<T>(kChunkKeys * kStripColumns<T>);
     chunk_max = scratch.take<T>(kStripColumns<T>);
     correction = scratch.take<T>(kStripColumns<T>);
@@ -27,13 +27,13 @@ struct ForwardScratch {
 
   Scratch scratch;
   Operand* q_panel;  // [strips, operands of head_dim, strip_columns]
-  T* out_panel;      // [strips, head_dim, strip_columns], not yet divided by row_sum
+  T* out_panel;      // [strips, value_dim, strip_columns], not yet divided by row_sum
   T* scores;         // [chunk_keys, strip_columns], without scale; then probabilities [operands of keys, strip_columns]
   T* chunk_max;      // [strip_columns]
   T* correction;     // [strip_columns], what the earlier sums are multiplied by
   T* row_max;        // [tile_queries], in units of log 2
   T* row_sum;        // [tile_queries]
-  T* rows;           // [tile_queries, padded_head_dim], queries and then outputs
+  T* rows;           // [tile_queries, padded head_dim or value_dim], queries and then outputs
 };
 
 // Stores scores and keeps the maximum of every column.
@@ -119,18 +119,18 @@ static ANCHOR_ATTENTION_NOINLINE void online_softmax(const ForwardScratch<Operan
 template <typename Target, typename Operand, typename T = Sum<Operand>>
 ANCHOR_ATTENTION_INLINE void store_rows(const ForwardTile& tile, const ForwardScratch<Operand>& s, Target* out,
                                         int64_t out_stride, T* lse) {
-  const int64_t head_dim = tile.params->head_dim;
-  const int64_t padded = round_up_to_lanes<T>(head_dim);
+  const int64_t value_dim = tile.params->value_dim;
+  const int64_t padded = round_up_to_lanes<T>(value_dim);
   for (int64_t column = 0; column < tile.n_queries; column += kLanes<T>) {
     const T* out_columns =
-        s.out_panel + column / kStripColumns<T> * kStripColumns<T> * head_dim + column % kStripColumns<T>;
+        s.out_panel + column / kStripColumns<T> * kStripColumns<T> * value_dim + column % kStripColumns<T>;
     // A sum of 0 says that every score was −inf: the output is 0, as without keys.
     const Vector<T> sum = load(s.row_sum + column);
     const Vector<T> inverse = sum == T(0) ? Vector<T>{} : 1 / sum;
     for (int64_t d = 0; d < padded; d += kLanes<T>) {
       Vector<T> block[kLanes<T>];
       for (int i = 0; i < kLanes<T>; ++i) {
-        block[i] = d + i < head_dim ? load(out_columns + (d + i) * kStripColumns<T>) * inverse : Vector<T>{};
+        block[i] = d + i < value_dim ? load(out_columns + (d + i) * kStripColumns<T>) * inverse : Vector<T>{};
       }
       transpose_block<T>(block);
       for (int i = 0; i < kLanes<T>; ++i) store(s.rows + (column + i) * padded + d, block[i]);
@@ -138,7 +138,7 @@ ANCHOR_ATTENTION_INLINE void store_rows(const ForwardTile& tile, const ForwardSc
   }
   for (int64_t i = 0; i < tile.n_queries; ++i) {
     const T* row = s.rows + i * padded;
-    for (int64_t d = 0; d < head_dim; ++d) out[i * out_stride + d] = narrow<Target>(row[d]);
+    for (int64_t d = 0; d < value_dim; ++d) out[i * out_stride + d] = narrow<Target>(row[d]);
     lse[i] = static_cast<T>((s.row_max[i] + log2(s.row_sum[i])) * kLn2);
   }
 }
@@ -148,12 +148,12 @@ ANCHOR_ATTENTION_INLINE void store_outputs(const ForwardTile& tile,
                                            const ForwardScratch<typename OperandOf<Storage>::Type>& s) {
   const AttentionParams& p = *tile.params;
   if (tile.partial_out != nullptr) {
-    store_rows(tile, s, static_cast<T*>(tile.partial_out), p.head_dim, static_cast<T*>(tile.partial_lse));
+    store_rows(tile, s, static_cast<T*>(tile.partial_out), p.value_dim, static_cast<T*>(tile.partial_lse));
     return;
   }
-  const int64_t out_stride = p.heads * p.head_dim;
+  const int64_t out_stride = p.heads * p.value_dim;
   Storage* out =
-      static_cast<Storage*>(p.out) + (tile.batch * p.n_queries + tile.q_begin) * out_stride + tile.head * p.head_dim;
+      static_cast<Storage*>(p.out) + (tile.batch * p.n_queries + tile.q_begin) * out_stride + tile.head * p.value_dim;
   T* lse = static_cast<T*>(p.lse) + (tile.batch * p.heads + tile.head) * p.n_queries + tile.q_begin;
   store_rows(tile, s, out, out_stride, lse);
 }
@@ -168,7 +168,7 @@ ANCHOR_ATTENTION_INLINE void begin_tile(const ForwardTile& tile, int64_t padded,
     for (int64_t i = 0; i < tile.n_queries * padded; ++i) s.rows[i] = -s.rows[i];
   }
   to_panel(s.rows, tile.n_queries, padded, p.head_dim, s.q_panel);
-  std::memset(s.out_panel, 0, p.head_dim * kTileQueries<T> * sizeof(T));
+  std::memset(s.out_panel, 0, p.value_dim * kTileQueries<T> * sizeof(T));
   // A finite start keeps −inf − (−inf) out of the exponent when every score so far is −inf.
   constexpr T kLowest = static_cast<T>(-1e38);
   for (int64_t column = 0; column < kTileQueries<T>; column += kLanes<T>) {
@@ -183,7 +183,8 @@ void forward_tile_of(const ForwardTile& tile) {
   const AttentionParams& p = *tile.params;
   const int64_t padded = round_up_to_lanes<T>(p.head_dim);
   const int64_t columns = round_up_to_lanes<T>(tile.n_queries);
-  const ForwardScratch<Operand> s(tile.scratch, p.head_dim);
+  const int64_t padded_values = round_up_to_lanes<T>(p.value_dim);
+  const ForwardScratch<Operand> s(tile.scratch, p);
   const T factor = static_cast<T>((p.scale < 0 ? -p.scale : p.scale) * kLog2E);
 
   if (tile.first) begin_tile<Storage>(tile, padded, s);
@@ -197,8 +198,8 @@ void forward_tile_of(const ForwardTile& tile) {
     for (int64_t key = tile.key_ranges[2 * r]; key < range_end; key += kChunkKeys) {
       const int64_t n_keys = range_end - key < kChunkKeys ? range_end - key : kChunkKeys;
       const Broadcast<Operand> k_rows{static_cast<const Operand*>(tile.k_rows) + key * k_stride, k_stride, 1};
-      const Broadcast<Operand> v_columns{static_cast<const Operand*>(tile.v_stack) + key / kDepth<Operand> * padded, 1,
-                                         padded};
+      const Broadcast<Operand> v_columns{
+          static_cast<const Operand*>(tile.v_stack) + key / kDepth<Operand> * padded_values, 1, padded_values};
       for (int64_t strip = 0; strip < columns; strip += kStrip) {
         const int64_t vectors = (columns - strip < kStrip ? columns - strip : kStrip) / kLanes<T>;
         for (int64_t column = 0; column < kStrip; column += kLanes<T>) {
@@ -207,8 +208,8 @@ void forward_tile_of(const ForwardTile& tile) {
         strip_product(vectors, n_keys, head_operands, k_rows, Rows<Operand>{s.q_panel + strip * head_operands, kStrip},
                       strip, StoreScores<T>{s.scores, s.chunk_max});
         online_softmax(s, n_keys, vectors, strip, factor);
-        strip_product(vectors, p.head_dim, operands<Operand>(n_keys), v_columns, probabilities, strip,
-                      RescaleAndAdd<T>{s.out_panel + strip * p.head_dim, s.correction});
+        strip_product(vectors, p.value_dim, operands<Operand>(n_keys), v_columns, probabilities, strip,
+                      RescaleAndAdd<T>{s.out_panel + strip * p.value_dim, s.correction});
       }
     }
   }
@@ -217,9 +218,9 @@ void forward_tile_of(const ForwardTile& tile) {
 
 }  // namespace
 
-int64_t forward_scratch_bytes(int64_t head_dim, ScalarType dtype) {
-  return dispatch(dtype, [&](auto storage) {
-    return ForwardScratch<typename OperandOf<decltype(storage)>::Type>(nullptr, head_dim).scratch.used();
+int64_t forward_scratch_bytes(const AttentionParams& p) {
+  return dispatch(p.dtype, [&](auto storage) {
+    return ForwardScratch<typename OperandOf<decltype(storage)>::Type>(nullptr, p).scratch.used();
   });
 }
 

@@ -14,8 +14,8 @@ int64_t tile_queries(ScalarType dtype);
 int64_t key_alignment(ScalarType dtype);
 int64_t packed_row_bytes(int64_t head_dim, ScalarType dtype);
 int64_t sum_row_bytes(int64_t head_dim, ScalarType dtype);
-int64_t forward_scratch_bytes(int64_t head_dim, ScalarType dtype);
-int64_t backward_scratch_bytes(int64_t head_dim, ScalarType dtype);
+int64_t forward_scratch_bytes(const AttentionParams&);
+int64_t backward_scratch_bytes(const AttentionParams&);
 void pack_rows(const PackRows&);
 void unpack_rows(const UnpackRows&);
 void forward_tile(const ForwardTile&);
@@ -28,7 +28,7 @@ extern const Kernels kKernels{
     .name = ANCHOR_ATTENTION_NAME(ANCHOR_ATTENTION_ISA),
     .products =
         {
-            .forward_tile_queries = [](int64_t, ScalarType dtype) { return tile_queries(dtype); },
+            .forward_tile_queries = [](const AttentionParams& p) { return tile_queries(p.dtype); },
             .backward_tile_queries = tile_queries,
             .key_alignment = key_alignment,
             .packed_row_bytes = packed_row_bytes,

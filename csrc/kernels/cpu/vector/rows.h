@@ -137,20 +137,20 @@ ANCHOR_ATTENTION_INLINE void load_statistics(const BackwardTile& tile, int64_t c
   constexpr double kLog2E = 1.4426950408889634;
   const AttentionBackwardParams& p = *tile.params;
   const AttentionParams& f = p.forward;
-  const int64_t out_stride = f.heads * f.head_dim;
+  const int64_t out_stride = f.heads * f.value_dim;
   const int64_t first_row = (tile.batch * f.heads + tile.head) * f.n_queries + tile.q_begin;
   const T* lse = static_cast<const T*>(f.lse) + first_row;
   const T* grad_lse = p.grad_lse == nullptr ? nullptr : static_cast<const T*>(p.grad_lse) + first_row;
   const Storage* out = static_cast<const Storage*>(f.out) + (tile.batch * f.n_queries + tile.q_begin) * out_stride +
-                       tile.head * f.head_dim;
+                       tile.head * f.value_dim;
   for (int64_t i = 0; i < columns; ++i) {
     tile_lse[i] = kInfinity<T>;
     tile_delta[i] = 0;
     if (i >= tile.n_queries) continue;
     T* grad_out_row = grad_out_rows + i * padded;
-    widen_row(row_of<Storage>(p.grad_out, p.grad_out_strides, tile.batch, tile.q_begin + i, tile.head), f.head_dim,
+    widen_row(row_of<Storage>(p.grad_out, p.grad_out_strides, tile.batch, tile.q_begin + i, tile.head), f.value_dim,
               padded, grad_out_row);
-    const T delta = dot(grad_out_row, out + i * out_stride, f.head_dim);
+    const T delta = dot(grad_out_row, out + i * out_stride, f.value_dim);
     tile_delta[i] = delta - (grad_lse == nullptr ? T(0) : grad_lse[i]);
     if (lse[i] != -kInfinity<T>) tile_lse[i] = static_cast<T>(lse[i] * kLog2E);
   }
