@@ -15,15 +15,22 @@ Freqs = Tensor | tuple[Tensor, ...]
 
 
 def check_inputs(
-    x: Tensor, num_heads: int, head_dim: int, use_rope: bool, key_padding_mask: Tensor | None, freqs: Freqs | None
+    x: Tensor,
+    num_heads: int,
+    head_dim: int,
+    use_rope: bool,
+    key_padding_mask: Tensor | None,
+    freqs: Freqs | None,
+    *,
+    name: str = "x",
 ) -> None:
-    """Checks the inputs of a call against each other and the module.
+    """Checks the inputs of a call against each other and the module. ``name``: what the caller calls x.
 
     Raises:
         ValueError: If a type, shape or dtype does not fit, or freqs are missing or not used.
     """
     hidden_dim = num_heads * head_dim
-    _check_tensor("x", x)
+    _check_tensor(name, x)
     if x.dim() != 3 or x.shape[2] != hidden_dim:
         hint = ""
         if x.dim() == 4 and x.shape[3] == head_dim:
@@ -31,7 +38,7 @@ def check_inputs(
                 "; the modules take tokens that are not yet split into heads, not the (batch, heads, tokens, head_dim) "
                 "of scaled_dot_product_attention"
             )
-        raise ValueError(f"x must be (batch, tokens, {hidden_dim}), got shape {tuple(x.shape)}{hint}")
+        raise ValueError(f"{name} must be (batch, tokens, {hidden_dim}), got shape {tuple(x.shape)}{hint}")
     if use_rope != (freqs is not None):
         given = "None" if freqs is None else type(freqs).__name__
         raise ValueError(f"RoPE usage mismatch: use_rope={use_rope}, but freqs={given}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -84,18 +85,10 @@ class MultiBranchAnchorAttentionConfig(AttentionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.branches, str) or not isinstance(self.branches, Iterable):
-            raise ValueError(f"branches must be a sequence of names, got {self.branches!r}")
-        branches = tuple(self.branches)
-        object.__setattr__(self, "branches", branches)
-        if not branches:
+        object.__setattr__(self, "branches", _checked_branches(self.branches))
+        if not self.branches:
             raise ValueError("branches list cannot be empty, got ()")
-        if not all(isinstance(branch, str) and branch for branch in branches):
-            raise ValueError(f"branches must be non-empty strings, got {branches}")
-        if len(set(branches)) != len(branches):
-            raise ValueError(f"branches must differ from each other, got {branches}")
-        if not isinstance(self.anchor_suffix, str) or not self.anchor_suffix:
-            raise ValueError(f"anchor_suffix must be a non-empty string, got {self.anchor_suffix!r}")
+        _check_suffix(self.anchor_suffix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +140,70 @@ class RopeFrequencyConfig:
             raise ValueError(f"max_wavelength must be positive, got {self.max_wavelength}")
         if self.implementation not in ROPE_IMPLEMENTATIONS:
             raise ValueError(f"implementation must be one of {ROPE_IMPLEMENTATIONS}, got {self.implementation!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceiverAttentionConfig(AttentionConfig):
+    """Configuration of :class:`PerceiverAttention`, which drops no weights.
+
+    Args:
+        kv_dim: Width of the tokens that are read; ``hidden_dim`` when ``None``.
+        num_kv_heads: Number of heads of keys and values, a divisor of ``num_heads``, which is what ``None`` means.
+
+    Raises:
+        ValueError: If a field is out of its range.
+    """
+
+    kv_dim: int | None = None
+    num_kv_heads: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_no_dropout("PerceiverAttention", self.dropout)
+        if self.kv_dim is not None:
+            _check_positive_integer("kv_dim", self.kv_dim)
+        if self.num_kv_heads is not None:
+            _check_positive_integer("num_kv_heads", self.num_kv_heads)
+            if self.num_heads % self.num_kv_heads:
+                raise ValueError(
+                    f"num_heads must be divisible by num_kv_heads, got num_heads={self.num_heads} "
+                    f"and num_kv_heads={self.num_kv_heads}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttentionConfig(AttentionConfig):
+    """Configuration of :class:`LatentAttention`, which neither rotates nor drops weights.
+
+    Args:
+        num_latents: Number of latents of a set.
+        branches: Names of the branches; without any, all tokens are taken up by one set of latents.
+        anchor_suffix: The anchors of a branch are the group ``branch + anchor_suffix``.
+        per_branch: Whether each branch has a set of latents of its own.
+        scale: Factor of the scores.
+
+    Raises:
+        ValueError: If a field is out of its range.
+    """
+
+    num_latents: int = 64
+    branches: tuple[str, ...] = ()
+    anchor_suffix: str = "_anchors"
+    per_branch: bool = False
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_no_dropout("LatentAttention", self.dropout)
+        if self.use_rope:
+            raise ValueError(f"LatentAttention does not rotate, got use_rope={self.use_rope}")
+        _check_positive_integer("num_latents", self.num_latents)
+        object.__setattr__(self, "branches", _checked_branches(self.branches))
+        if self.per_branch and not self.branches:
+            raise ValueError("per_branch needs branches, got ()")
+        if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
+            raise ValueError(f"scale must be a finite number, got {self.scale!r}")
+        _check_suffix(self.anchor_suffix)
 
 
 Config = TypeVar("Config", bound=AttentionConfig)
@@ -243,6 +300,27 @@ def _unknown_field(config_class: type[AttentionConfig], name: str, known: Sequen
 def _check_positive_integer(field: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{field} must be a positive integer, got {value!r}")
+
+
+def _checked_branches(branches: Any) -> tuple[str, ...]:
+    if isinstance(branches, str) or not isinstance(branches, Iterable):
+        raise ValueError(f"branches must be a sequence of names, got {branches!r}")
+    names = tuple(branches)
+    if not all(isinstance(branch, str) and branch for branch in names):
+        raise ValueError(f"branches must be non-empty strings, got {names}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"branches must differ from each other, got {names}")
+    return names
+
+
+def _check_suffix(anchor_suffix: Any) -> None:
+    if not isinstance(anchor_suffix, str) or not anchor_suffix:
+        raise ValueError(f"anchor_suffix must be a non-empty string, got {anchor_suffix!r}")
+
+
+def _check_no_dropout(module: str, dropout: float) -> None:
+    if dropout:
+        raise ValueError(f"{module} drops no weights, got dropout={dropout}")
 
 
 def _check_two_branches(module: str, branches: tuple[str, ...]) -> None:

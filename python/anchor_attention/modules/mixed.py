@@ -13,6 +13,7 @@ from ..patterns import AttentionPattern, TokenSpec
 from .checks import Freqs, check_inputs
 from .config import MixedAttentionConfig, default, given, resolve_config
 from .kv_cache import CacheEntry, KVCache
+from .projection import initialise, make_norm
 from .steps import attend, plan_call, project_packed
 
 
@@ -71,34 +72,17 @@ class MixedAttention(nn.Module):
         self.init_weights = resolved.init_weights
         self.qk_norm = resolved.qk_norm
         self.qkv = nn.Linear(resolved.hidden_dim, 3 * resolved.hidden_dim, bias=resolved.bias)
-        self.q_norm = self._make_norm()
-        self.k_norm = self._make_norm()
+        self.q_norm = make_norm(self.head_dim, self.qk_norm)
+        self.k_norm = make_norm(self.head_dim, self.qk_norm)
         self.proj = nn.Linear(resolved.hidden_dim, resolved.hidden_dim, bias=resolved.bias)
         self.reset_parameters()
-
-    def _make_norm(self) -> nn.Module:
-        if not self.qk_norm:
-            return nn.Identity()
-        return nn.RMSNorm(self.head_dim, elementwise_affine=self.qk_norm == "rms")
 
     def reset_parameters(self) -> None:
         """Initialises the projections as ``init_weights`` says, and the weights of the norms by 1.
 
         After deferred initialisation call it on this module last: the layers that it holds have their own.
         """
-        for norm in (self.q_norm, self.k_norm):
-            if isinstance(norm, nn.RMSNorm):
-                norm.reset_parameters()
-        for linear in (self.qkv, self.proj):
-            if self.init_weights == "torch":
-                linear.reset_parameters()
-                continue
-            if self.init_weights == "zeros" or (self.init_weights == "truncnormal002-identity" and linear is self.proj):
-                nn.init.zeros_(linear.weight)
-            else:
-                nn.init.trunc_normal_(linear.weight, std=0.02)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        initialise(self, self.init_weights, self.proj)
 
     @interceptable
     def forward(

@@ -1,4 +1,5 @@
-"""When the weight of a linear layer says all about it, so that a part of it can be used without calling the layer.
+"""Projections: how they are initialised, and when the weight of one says all about it, so that a part of it can be used
+without calling the layer.
 
 Much of what other packages do to a layer shows only when it is called: hooks that recompute, prune, gather or load its
 weight, parametrisations, quantised weights, a ``forward`` of its own. What is not surely a plain layer is called.
@@ -14,6 +15,31 @@ from torch.nn.modules import module as _module
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _FORWARD = nn.Linear.forward
+
+
+def make_norm(head_dim: int, qk_norm: bool | str) -> nn.Module:
+    """The norm of the queries or keys of every head."""
+    if not qk_norm:
+        return nn.Identity()
+    return nn.RMSNorm(head_dim, elementwise_affine=qk_norm == "rms")
+
+
+def initialise(module: nn.Module, init_weights: str, proj: nn.Linear) -> None:
+    """Initialises the projections that a module holds as ``init_weights`` says, and the weights of its norms by 1."""
+    for child in module.children():
+        if isinstance(child, nn.RMSNorm):
+            child.reset_parameters()
+        if not isinstance(child, nn.Linear):
+            continue
+        if init_weights == "torch":
+            child.reset_parameters()
+            continue
+        if init_weights == "zeros" or (init_weights == "truncnormal002-identity" and child is proj):
+            nn.init.zeros_(child.weight)
+        else:
+            nn.init.trunc_normal_(child.weight, std=0.02)
+        if child.bias is not None:
+            nn.init.zeros_(child.bias)
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
