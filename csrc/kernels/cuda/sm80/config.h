@@ -22,7 +22,7 @@ struct TileShape {
   int columns;
   int step;
   int warps;
-  int max_registers;  // of a thread: 255 lets two blocks of four warps share a multiprocessor
+  static constexpr int max_registers = 255;  // of a thread: lets two blocks of four warps share a multiprocessor
 
   constexpr int threads() const { return 32 * warps; }
   constexpr int rows_per_warp() const { return rows / warps; }
@@ -34,65 +34,65 @@ using TileTable = std::array<TileShape, kHeadDims.size()>;
 // up where accumulators (rows · head_dim / 32 registers a thread) leave no room. All shapes stay within the 99 KiB of
 // shared memory that the smallest of the supported architectures grants a block.
 inline constexpr TileTable kForward16 = {{
-    {32, 128, 64, 64, 4, 255},   // accumulators are small: bound by exp2
-    {48, 128, 64, 64, 4, 255},   // as 64
-    {64, 128, 64, 64, 4, 255},   // 64 + 64 registers of output and scores, two blocks per multiprocessor
-    {96, 128, 32, 32, 4, 255},   // 96 + 32 registers; 64 columns spill
-    {128, 128, 32, 32, 4, 255},  // 128 + 32 registers: one block, but 32 rows per warp
-    {256, 64, 32, 32, 4, 255},   // 16 rows per warp: 128 registers of output
+    {32, 128, 64, 64, 4},   // accumulators are small: bound by exp2
+    {48, 128, 64, 64, 4},   // as 64
+    {64, 128, 64, 64, 4},   // 64 + 64 registers of output and scores, two blocks per multiprocessor
+    {96, 128, 32, 32, 4},   // 96 + 32 registers; 64 columns spill
+    {128, 128, 32, 32, 4},  // 128 + 32 registers: one block, but 32 rows per warp
+    {256, 64, 32, 32, 4},   // 16 rows per warp: 128 registers of output
 }};
 inline constexpr TileTable kForwardTf32 = {{
-    {32, 128, 32, 32, 4, 255},  // as 64
-    {48, 128, 32, 32, 4, 255},  // as 64
-    {64, 128, 32, 32, 4, 255},  // 64 + 32 registers; shared memory for two blocks
-    {96, 64, 32, 32, 4, 255},   // shared memory: 128 rows would need 102 KiB
-    {128, 64, 32, 32, 4, 255},  // exactly 99 KiB
-    {256, 32, 16, 16, 2, 255},  // 98 KiB; 16 rows per warp
+    {32, 128, 32, 32, 4},  // as 64
+    {48, 128, 32, 32, 4},  // as 64
+    {64, 128, 32, 32, 4},  // 64 + 32 registers; shared memory for two blocks
+    {96, 64, 32, 32, 4},   // shared memory: 128 rows would need 102 KiB
+    {128, 64, 32, 32, 4},  // exactly 99 KiB
+    {256, 32, 16, 16, 2},  // 98 KiB; 16 rows per warp
 }};
 // Scores, once split, take twice the registers: half the columns. Three products per step make up for the barriers.
 inline constexpr TileTable kForwardTf32x3 = {{
-    {32, 128, 32, 32, 4, 255},  // accumulators are small enough for 32 columns
-    {48, 128, 16, 16, 4, 255},  // as 64
-    {64, 128, 16, 16, 4, 255},  // 64 + 16 registers; 32 columns spill 180 bytes
-    {96, 64, 16, 16, 4, 255},   // as 64
-    {128, 64, 16, 16, 4, 255},  // as 64
-    {256, 32, 16, 16, 2, 255},  // 98 KiB; 16 rows per warp
+    {32, 128, 32, 32, 4},  // accumulators are small enough for 32 columns
+    {48, 128, 16, 16, 4},  // as 64
+    {64, 128, 16, 16, 4},  // 64 + 16 registers; 32 columns spill 180 bytes
+    {96, 64, 16, 16, 4},   // as 64
+    {128, 64, 16, 16, 4},  // as 64
+    {256, 32, 16, 16, 2},  // 98 KiB; 16 rows per warp
 }};
 
 // Query pass: S, dP and dQ live together, so the scores are worked through in steps.
 inline constexpr TileTable kBackwardQuery16 = {{
-    {32, 128, 64, 32, 4, 255},  // as 64
-    {48, 128, 64, 32, 4, 255},  // as 64
-    {64, 128, 64, 32, 4, 255},  // 64 + 2 · 32 registers
-    {96, 64, 64, 32, 4, 255},   // 16 rows per warp: 48 + 2 · 16 registers
-    {128, 64, 32, 32, 4, 255},  // 16 rows per warp: 64 + 2 · 16 registers
-    {256, 32, 16, 16, 2, 255},  // q, dO, k and v of 256 channels: 66 KiB
+    {32, 128, 64, 32, 4},  // as 64
+    {48, 128, 64, 32, 4},  // as 64
+    {64, 128, 64, 32, 4},  // 64 + 2 · 32 registers
+    {96, 64, 64, 32, 4},   // 16 rows per warp: 48 + 2 · 16 registers
+    {128, 64, 32, 32, 4},  // 16 rows per warp: 64 + 2 · 16 registers
+    {256, 32, 16, 16, 2},  // q, dO, k and v of 256 channels: 66 KiB
 }};
 inline constexpr TileTable kBackwardQuery32 = {{
-    {32, 64, 32, 32, 4, 255},   // 16 rows per warp: the split operands of three products need the registers
-    {48, 64, 32, 32, 4, 255},   // as 32
-    {64, 64, 32, 32, 4, 255},   // 70 KiB
-    {96, 64, 16, 16, 4, 255},   // 77 KiB
-    {128, 32, 32, 16, 2, 255},  // 101,376 bytes, all that is granted
-    {256, 16, 16, 16, 1, 255},  // q, dO and two stages of k, v: 98 KiB
+    {32, 64, 32, 32, 4},   // 16 rows per warp: the split operands of three products need the registers
+    {48, 64, 32, 32, 4},   // as 32
+    {64, 64, 32, 32, 4},   // 70 KiB
+    {96, 64, 16, 16, 4},   // 77 KiB
+    {128, 32, 32, 16, 2},  // 101,376 bytes, all that is granted
+    {256, 16, 16, 16, 1},  // q, dO and two stages of k, v: 98 KiB
 }};
 
 // Key pass: two accumulators of rows · head_dim.
 inline constexpr TileTable kBackwardKey16 = {{
-    {32, 128, 64, 32, 4, 255},  // 2 · 32 + 2 · 32 registers
-    {48, 128, 64, 16, 4, 255},  // 2 · 48 + 2 · 16 registers
-    {64, 128, 64, 16, 4, 255},  // 2 · 64 + 2 · 16 registers
-    {96, 64, 64, 16, 4, 255},   // 16 rows per warp: 2 · 48 + 2 · 8 registers
-    {128, 64, 32, 16, 4, 255},  // 16 rows per warp: 2 · 64 + 2 · 8 registers
-    {256, 32, 16, 16, 2, 255},  // one gradient at a time: 128 registers
+    {32, 128, 64, 32, 4},  // 2 · 32 + 2 · 32 registers
+    {48, 128, 64, 16, 4},  // 2 · 48 + 2 · 16 registers
+    {64, 128, 64, 16, 4},  // 2 · 64 + 2 · 16 registers
+    {96, 64, 64, 16, 4},   // 16 rows per warp: 2 · 48 + 2 · 8 registers
+    {128, 64, 32, 16, 4},  // 16 rows per warp: 2 · 64 + 2 · 8 registers
+    {256, 32, 16, 16, 2},  // one gradient at a time: 128 registers
 }};
 inline constexpr TileTable kBackwardKey32 = {{
-    {32, 64, 32, 16, 4, 255},   // 16 rows per warp, as all of this table
-    {48, 64, 32, 16, 4, 255},   // as 64
-    {64, 64, 32, 16, 4, 255},   // 2 · 32 + 2 · 8 registers and the split operands
-    {96, 64, 16, 16, 4, 255},   // 77 KiB
-    {128, 48, 16, 16, 3, 255},  // 83 KiB; with 64 rows the row statistics pass 99 KiB
-    {256, 16, 16, 16, 1, 255},  // one gradient at a time: 128 registers
+    {32, 64, 32, 16, 4},   // 16 rows per warp, as all of this table
+    {48, 64, 32, 16, 4},   // as 64
+    {64, 64, 32, 16, 4},   // 2 · 32 + 2 · 8 registers and the split operands
+    {96, 64, 16, 16, 4},   // 77 KiB
+    {128, 48, 16, 16, 3},  // 83 KiB; with 64 rows the row statistics pass 99 KiB
+    {256, 16, 16, 16, 1},  // one gradient at a time: 128 registers
 }};
 
 constexpr const TileTable& tile_table(Pass pass, Precision precision) {
