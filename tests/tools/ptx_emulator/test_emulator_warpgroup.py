@@ -141,7 +141,8 @@ def test_contiguous_along_the_rows(outer_a: bool, outer_b: bool, span: int, devi
 def test_first_operand_in_registers(kind: str, device: str) -> None:
     check(kind, 48, device, 128 // WIDTH[kind], in_registers=True)
     if kind != "tf32":
-        check(kind, 64, device, 64, in_registers=True, outer_b=True)
+        for n, span in ((32, 64), (64, 128), (96, 64), (128, 128)):
+            check(kind, n, device, 64, span=span, in_registers=True, outer_b=True)
 
 
 @devices
@@ -165,9 +166,10 @@ def test_48_of_the_64_columns_of_a_line(kind: str, in_registers: bool, device: s
 
 
 @devices
-@pytest.mark.parametrize("n", (8, 24, 96, 256))
-def test_widths(n: int, device: str) -> None:
-    check("bf16", n, device, 32, span=64)
+@pytest.mark.parametrize("kind", ("bf16", "f16"))
+@pytest.mark.parametrize("n", (8, 24, 32, 96, 128, 256))
+def test_widths(n: int, kind: str, device: str) -> None:
+    check(kind, n, device, 32, span=64)
 
 
 @devices
