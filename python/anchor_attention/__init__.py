@@ -11,6 +11,7 @@ _library.load()
 from . import ops  # noqa: E402, F401
 from ._library import CpuInstructionSets, cpu_instruction_sets  # noqa: E402
 from ._version import __version__  # noqa: E402
+from .distance_bias import with_distance_bias  # noqa: E402
 from .functional import anchor_attention, merge_attention, rope, use_backend  # noqa: E402
 from .key_range_table import KeyRangeTable  # noqa: E402
 from .modules import (  # noqa: E402
@@ -74,6 +75,7 @@ __all__ = [
     "rope_reference",
     "streaming",
     "use_backend",
+    "with_distance_bias",
 ]
 
 
