@@ -41,13 +41,21 @@ def anchor_attention_reference(
     if shared_by > 1:
         k, v = k.repeat_interleave(shared_by, dim=2), v.repeat_interleave(shared_by, dim=2)
     queries, keys, values = (tensor.to(working).transpose(1, 2) for tensor in (q, k, v))
-    # Zeros that hang on the queries: with an empty table, too, the output can be differentiated.
-    zeros = queries[..., :1].masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
-    out = zeros.repeat(1, 1, 1, v.shape[-1])
-    lse = torch.full(queries.shape[:-1], -torch.inf, dtype=working, device=q.device)
-    for (q_begin, q_end), key_ranges in table.entries():
-        if not key_ranges:
+    # By pieces of the query axis, none of them written in place: every transformation of torch.func applies.
+    outs, lses = [], []
+    covered = 0
+
+    def append_rows_without_keys(end: int) -> None:
+        # Zeros that hang on the queries: with an empty table, too, the output can be differentiated.
+        zeros = queries[:, :, covered:end, :1].masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0.0)
+        outs.append(zeros.repeat(1, 1, 1, v.shape[-1]))
+        lses.append(zeros.squeeze(-1) - torch.inf)
+
+    for (q_begin, q_end), key_ranges in sorted(table.entries()):
+        if not key_ranges or q_begin == q_end:
             continue
+        append_rows_without_keys(q_begin)
+        covered = q_end
         rows = slice(q_begin, q_end)
         index = torch.cat([torch.arange(begin, end, device=q.device) for begin, end in key_ranges])
         group_keys, group_values = keys[:, :, index], values[:, :, index]
@@ -58,11 +66,14 @@ def anchor_attention_reference(
         scores = queries[:, :, rows] @ group_keys.transpose(-1, -2) * scale
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask[:, None, None, index], -torch.inf)
+        # A row without keys has scores of −inf. Zeros there, and results put right, keep NaN out of derivatives
+        # of every order.
+        alone = (scores == -torch.inf).all(-1)
+        scores = scores.masked_fill(alone.unsqueeze(-1), 0.0)
         group_lse = torch.logsumexp(scores, dim=-1)
-        # A row without keys has scores and lse of −inf; 0 in lse's place makes its probabilities 0 instead of NaN.
-        reachable = group_lse > -torch.inf
-        probabilities = torch.exp(scores - torch.where(reachable, group_lse, 0.0).unsqueeze(-1))
-        out[:, :, rows] = probabilities @ group_values
-        lse[:, :, rows] = group_lse
-    out = out.transpose(1, 2).contiguous().to(q.dtype)
-    return (out, lse) if return_lse else out
+        group_out = torch.exp(scores - group_lse.unsqueeze(-1)) @ group_values
+        outs.append(group_out.masked_fill(alone.unsqueeze(-1), 0.0))
+        lses.append(group_lse.masked_fill(alone, -torch.inf))
+    append_rows_without_keys(queries.shape[2])
+    out = torch.cat(outs, dim=2).transpose(1, 2).contiguous().to(q.dtype)
+    return (out, torch.cat(lses, dim=2)) if return_lse else out

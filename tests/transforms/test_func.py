@@ -12,7 +12,7 @@ import torch
 from torch.func import functional_call, grad, jacrev, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from anchor_attention import KeyRangeTable, SelfAnchorAttention, TokenSpec, anchor_attention, rope
+from anchor_attention import KeyRangeTable, SelfAnchorAttention, TokenSpec, anchor_attention, rope, use_backend
 from tests.generators import unit_freqs
 
 SAMPLES, BATCH, QUERIES, KEYS, HEADS, HEAD_DIM = 3, 2, 9, 7, 2, 8
@@ -302,6 +302,40 @@ def test_second_derivatives_are_refused_by_name() -> None:
     table = KeyRangeTable([0, 3], [0, 1], [0, 3])
     with pytest.raises(RuntimeError, match="anchor_attention::attention_backward has no second derivative"):
         grad(lambda q: grad(lambda q: anchor_attention(q, k, v, table).sum())(q).sum())(q)
+
+
+def test_the_reference_has_derivatives_of_every_order_in_every_mode() -> None:
+    """Held against each other, and without NaN where a row has no key: no group, no keys, all masked."""
+    q, k, v = (random(2, n, 2, 4) for n in (11, 7, 7))
+    table = KeyRangeTable([0, 4, 5, 9, 9, 10], [0, 1, 3, 3], [0, 3, 0, 2, 4, 7])
+    mask = torch.tensor([[True] * 7, [False] * 3 + [True] * 4])
+
+    def total(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out, lse = anchor_attention(q, k, v, table, key_mask=mask, return_lse=True)
+        return out.sin().sum() + torch.where(lse.isfinite(), lse, 0.0).square().sum()
+
+    def tangent(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda q, v: torch.func.jvp(function, (q, v), (q.cos(), v.sin()))[1]
+
+    def slope(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def along(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            of_q, of_v = grad(function, argnums=(0, 1))(q, v)
+            return (of_q * q.cos()).sum() + (of_v * v.sin()).sum()
+
+        return along
+
+    with use_backend("reference"):
+        for outer, middle, inner in itertools.product((tangent, slope), repeat=3):
+            third = outer(middle(inner(total)))(q, v)
+            assert third.isfinite() and third != 0
+            torch.testing.assert_close(third, tangent(tangent(tangent(total)))(q, v), rtol=1e-11, atol=1e-11)
+        assert torch.autograd.gradgradcheck(
+            total, (q.requires_grad_(), v.requires_grad_()), check_fwd_over_rev=True, fast_mode=True
+        )
+        mapped = vmap(lambda along: torch.func.jvp(lambda q: total(q, v), (q,), (along,))[1])(
+            torch.stack([q, v.new_ones(q.shape)])
+        )
+    assert mapped.shape == (2,) and mapped.isfinite().all()
 
 
 def test_the_operation_itself_says_what_to_call_instead() -> None:
