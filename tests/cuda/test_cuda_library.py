@@ -14,6 +14,9 @@ from tools.ptx_emulator.launch import cuda_tool
 
 from anchor_attention._library import library_path
 
+# Without it the library is built for the CPU alone.
+pytestmark = pytest.mark.needs_nvcc
+
 
 @pytest.fixture(scope="module")
 def code() -> list[Image]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from anchor_attention import KeyRangeTable, anchor_attention
+from anchor_attention import KeyRangeTable, anchor_attention, cpu_instruction_sets
 from tests.generators import LAYOUTS, AttentionInputs, strided, unit_freqs
 from tests.oracle import assert_as_good_as_plain, fused, plain_attention, reference, run
 
@@ -72,8 +72,12 @@ def large_or_tiny(rng: random.Random) -> str:
     inputs.v = inputs.v * 1e-39
     inputs.grad_out = torch.zeros_like(inputs.grad_out)
     out, expected = fused(inputs)[0].double(), reference(inputs.to(torch.float64))[0]
-    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    assert (out - expected).abs().max().item() <= 1e-2 * 1e-39 * 8 + 2 * step if out.numel() else True
+    # The processors' dot products of bfloat16 take denormals as zero; everything else keeps them to their last bit.
+    if dtype == torch.bfloat16 and cpu_instruction_sets().selected in ("amx", "amx_model", "avx512_bf16"):
+        bound = torch.finfo(dtype).smallest_normal
+    else:
+        bound = 1e-2 * 1e-39 * 8 + 2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert not out.numel() or (out - expected).abs().max().item() <= bound
     return "tiny"
 
 
