@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,6 @@ COMMITTED = Path(__file__).resolve().parent / "results"
 QUANTITIES = ("pressure", "velocity")
 # Rounding differs between processors, and training amplifies it: runs of equal length came out this far apart.
 USUAL_SPREAD = 0.1
-
-
-def processor() -> str:
-    """The processor's name as the system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def committed(mode: str) -> dict[str, Any]:

@@ -7,18 +7,22 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import dataset
 import numpy as np
 import panel_flow
 import torch
 from dataset import Cases, Shapes
-from model import AirfoilModel, KVCache
+from model import AirfoilModel, KVCache, flow_condition
 from numpy.typing import NDArray
 from torch import Tensor
-from training import relative_errors
 
 from anchor_attention import streaming
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common.training import relative_errors
 
 SURFACE_ANCHORS = 80
 VOLUME_ANCHORS = 256
@@ -49,7 +53,7 @@ def model_errors(model: AirfoilModel, shapes: Shapes) -> dict[str, Tensor]:
         for cases in test_cases(shapes, angle):
             anchors = {branch: points[:, : counts[branch]] for branch, points in cases.points.items()}
             queries = {branch: points[:, counts[branch] :] for branch, points in cases.points.items()}
-            prediction = model(cases.geometry, anchors, queries, cases.angle)
+            prediction = model(cases.geometry, anchors, queries, flow_condition(cases.angle))
             for branch in counts:
                 at_angle[branch].append(relative_errors(prediction[branch], cases.targets[branch]))
         for branch in counts:
@@ -140,18 +144,19 @@ def stream(
     """
     model.eval()
     angle = torch.tensor([angle_degrees]).deg2rad()
+    condition = flow_condition(angle)
     cases = dataset.make_cases(shapes, torch.tensor([row]), angle, torch.Generator().manual_seed(ANCHOR_SEED))
     anchors = {
         "surface": cases.points["surface"][:, :SURFACE_ANCHORS],
         "volume": cases.points["volume"][:, :VOLUME_ANCHORS],
     }
     start = time.perf_counter()
-    cache = streaming.Cache(model.encode(cases.geometry, anchors, angle))
+    cache = streaming.Cache(model.encode(cases.geometry, anchors, condition))
     encoded = time.perf_counter()
-    pressure = model.decode({"surface": cases.geometry}, angle, cache.tree)["surface"][0, :, 0]
+    pressure = model.decode({"surface": cases.geometry}, condition, cache.tree)["surface"][0, :, 0]
 
     def decode(caches: list[KVCache], chunk: Tensor) -> Tensor:
-        return model.decode({"volume": chunk}, angle, caches)["volume"]
+        return model.decode({"volume": chunk}, condition, caches)["volume"]
 
     velocity = torch.empty(len(points), 2)
     memory = _peak_memory()

@@ -153,6 +153,7 @@ def main() -> None:
     import dataset
     import evaluation
     import torch
+    from common.machine import processor
     from model import ModelConfig
     from training import Trainer, TrainingConfig
 
@@ -210,7 +211,7 @@ def main() -> None:
         "training_threads": arguments.threads,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
-        "processor": comparison.processor(),
+        "processor": processor(),
         "instruction_set": anchor_attention.cpu_instruction_sets().selected,
         "total_seconds": time.monotonic() - started,
     }

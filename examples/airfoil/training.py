@@ -1,224 +1,83 @@
-"""Training: random cases without end, a schedule that follows steps or wall-clock time, checkpoints that resume."""
+"""Training on random cases without end: shapes of the data set at random angles of attack."""
 
 from __future__ import annotations
 
 import math
-import os
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import dataset
 import torch
 from dataset import Cases, Shapes
-from model import AirfoilModel, ModelConfig
-from muon import Muon
-from torch import Tensor, nn
+from model import AirfoilModel, ModelConfig, flow_condition
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from common import training
+from common.training import generator_of_step, relative_errors, rows_of_step
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """How to train.
+class TrainingConfig(training.Schedule):
+    """How to train: the short training by default. Beside the anchors, as many other points are queries.
 
     Args:
-        seconds: Wall-clock time of training at most, or ``None`` for no limit.
-        steps: Number of steps at most, or ``None`` for no limit; one of the two is needed. The learning rate follows
-            whichever of the two is nearer to its end: a machine that is too slow for the steps ends with a smaller
-            training, not with an unfinished one.
-        batch_size: Cases per step.
-        surface_anchors: Anchors among the contour points; as many others are queries.
-        volume_anchors: Anchors among the volume points; as many others are queries.
-        learning_rate: Peak learning rate of the matrices inside the blocks (Muon).
-        adam_learning_rate: Peak learning rate of everything else (AdamW).
-        weight_decay: Decoupled weight decay of the matrices.
-        warmup: Share of the training in which the learning rate rises.
         mirror: Whether cases are mirrored at random.
-        seed: Seed of initialisation and batches.
     """
 
-    seconds: float | None = 300.0
-    steps: int | None = 1500
-    batch_size: int = 4
-    surface_anchors: int = 48
-    volume_anchors: int = 64
-    learning_rate: float = 0.02
-    adam_learning_rate: float = 4e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.05
     mirror: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.seconds is None and self.steps is None:
-            raise ValueError("seconds or steps must be given, got None for both")
 
     @classmethod
     def full(cls) -> TrainingConfig:
         """The long training."""
         return cls(seconds=3600.0, steps=4500, mirror=True)
 
-    def progress(self, step: int, seconds: float) -> float:
-        """Share of the training that is done, at most 1."""
-        by_steps = step / self.steps if self.steps is not None else 0.0
-        by_time = seconds / self.seconds if self.seconds is not None else 0.0
-        return min(max(by_steps, by_time), 1.0)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What one step reports: ``loss`` is the mean of the two branches' relative errors in this batch."""
-
-    step: int
-    share: float
-    loss: float
-    surface_error: float
-    volume_error: float
-    learning_rate: float
-
 
 def random_cases(shapes: Shapes, config: TrainingConfig, step: int) -> Cases:
     """Returns the batch of a step: the same in every run, whatever came before."""
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    # Rows run through random permutations, so that every shape is seen equally often.
-    first = step * config.batch_size
-    rows = torch.empty(config.batch_size, dtype=torch.int64)
-    for epoch in range(first // len(shapes), (first + config.batch_size - 1) // len(shapes) + 1):
-        order = torch.randperm(
-            len(shapes), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + 500_000 + epoch)
-        )
-        begin, end = max(first, epoch * len(shapes)), min(first + config.batch_size, (epoch + 1) * len(shapes))
-        rows[begin - first : end - first] = order[begin - epoch * len(shapes) : end - epoch * len(shapes)]
+    generator = generator_of_step(config, step)
+    rows = rows_of_step(len(shapes), config, step)
     low, high = (math.radians(bound) for bound in dataset.TRAINING_ANGLES)
     angle = low + (high - low) * torch.rand(config.batch_size, generator=generator)
     mirrored = torch.rand(config.batch_size, generator=generator) < 0.5 if config.mirror else None
     return dataset.make_cases(shapes, rows, angle, generator, mirrored)
 
 
-def relative_errors(prediction: Tensor, target: Tensor) -> Tensor:
-    """Returns (B,): the relative L2 error of each case."""
-    errors: Tensor = (prediction - target).flatten(1).norm(dim=1) / target.flatten(1).norm(dim=1)
-    return errors
-
-
-def predict_errors(model: AirfoilModel, cases: Cases, config: TrainingConfig) -> tuple[Tensor, Tensor]:
+def predict_errors(model: training.BranchedModel, cases: Cases, config: TrainingConfig) -> tuple[Tensor, Tensor]:
     """Returns (B,) twice: relative errors of pressure, and of the velocity that the body adds to the free stream."""
     counts = {"surface": config.surface_anchors, "volume": config.volume_anchors}
     anchors = {branch: points[:, : counts[branch]] for branch, points in cases.points.items()}
     queries = {branch: points[:, counts[branch] : 2 * counts[branch]] for branch, points in cases.points.items()}
-    prediction = model(cases.geometry, anchors, queries, cases.angle)
+    prediction = model(cases.geometry, anchors, queries, flow_condition(cases.angle))
     target = {branch: values[:, : prediction[branch].shape[1]] for branch, values in cases.targets.items()}
-    stream = torch.stack((cases.angle.cos(), cases.angle.sin()), dim=-1)[:, None]
+    stream = flow_condition(cases.angle)[:, None]
     return (
         relative_errors(prediction["surface"], target["surface"]),
         relative_errors(prediction["volume"] - stream, target["volume"] - stream),
     )
 
 
-class Trainer:
-    """Model, optimisers and their state on the way through a training.
+class Trainer(training.Trainer):
+    """The training of an :class:`AirfoilModel`.
 
     Args:
         shapes: Shapes to train on.
         model_config: Size of the model.
         config: How to train.
         checkpoint: File for the state; read if it is there and was written with the same configurations.
-        checkpoint_seconds: Time between two writes.
     """
 
     def __init__(
-        self,
-        shapes: Shapes,
-        model_config: ModelConfig,
-        config: TrainingConfig,
-        checkpoint: Path | None = None,
-        checkpoint_seconds: float = 20.0,
+        self, shapes: Shapes, model_config: ModelConfig, config: TrainingConfig, checkpoint: Path | None = None
     ) -> None:
-        self.shapes = shapes
-        self.config = config
-        self.checkpoint = checkpoint
-        self.checkpoint_seconds = checkpoint_seconds
-        self.step = 0
-        self.seconds = 0.0
-        self.signature = {"model": asdict(model_config), "training": asdict(config), "shapes": len(shapes)}
         torch.manual_seed(config.seed)
-        self.model = AirfoilModel(model_config)
-        blocks = (self.model.geometry_blocks, self.model.read_geometry, self.model.blocks, self.model.decoders)
-        matrices = {p for module in blocks for p in module.parameters() if p.dim() == 2}
-        matrices -= {p for name, p in self.model.named_parameters() if "modulation" in name}
-        others = [p for p in self.model.parameters() if p not in matrices]
-        ordered = [p for p in self.model.parameters() if p in matrices]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(ordered, lr=config.learning_rate, weight_decay=config.weight_decay),
-            torch.optim.AdamW(others, lr=config.adam_learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-        ]
-        self.peaks = (config.learning_rate, config.adam_learning_rate)
-        if checkpoint is not None and checkpoint.exists():
-            self._load(checkpoint)
+        super().__init__(AirfoilModel(model_config), len(shapes), config, checkpoint)
+        self.shapes, self.cases_config = shapes, config
 
-    @property
-    def done(self) -> float:
-        """Share of the training that is done."""
-        return self.config.progress(self.step, self.seconds)
-
-    def run(self) -> Iterator[Progress]:
-        """Trains to the end, one item a step. Whoever stops early leaves a checkpoint behind."""
-        started, at_start = time.monotonic(), self.seconds
-        written = started
-        self.model.train()
-        try:
-            while self.done < 1:
-                yield self._train_step()
-                now = time.monotonic()
-                self.seconds = at_start + now - started
-                if now - written > self.checkpoint_seconds:
-                    self.save()
-                    written = now
-        finally:
-            self.save()
-
-    def _train_step(self) -> Progress:
-        share = self.done
-        factor = min(share / self.config.warmup, 1.0) if self.config.warmup else 1.0
-        factor = max(factor, 1e-2) * (1 - share)
-        for optimizer, peak in zip(self.optimizers, self.peaks, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = factor * peak
-            optimizer.zero_grad(set_to_none=True)
-        surface, volume = predict_errors(self.model, random_cases(self.shapes, self.config, self.step), self.config)
-        loss = surface.mean() + volume.mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        self.step += 1
-        errors = surface.mean().item(), volume.mean().item()
-        return Progress(self.step, share, sum(errors) / 2, *errors, factor)
-
-    def save(self) -> None:
-        """Writes the checkpoint: to another file first, so that an interruption never leaves half of one."""
-        if self.checkpoint is None:
-            return
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.checkpoint.with_suffix(f".{os.getpid()}.partial")
-        torch.save(
-            {
-                "signature": self.signature,
-                "step": self.step,
-                "seconds": self.seconds,
-                "model": self.model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            },
-            partial,
-        )
-        partial.replace(self.checkpoint)
-
-    def _load(self, path: Path) -> None:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-        if state["signature"] != self.signature:
-            raise ValueError(f"checkpoint {path} is of another training: {state['signature']} is not {self.signature}")
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.model.load_state_dict(state["model"])
-        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
+    def batch_errors(self, step: int) -> dict[str, Tensor]:
+        """Returns the mean relative errors of both branches."""
+        cases = random_cases(self.shapes, self.cases_config, step)
+        surface, volume = predict_errors(self.model, cases, self.cases_config)
+        return {"surface": surface.mean(), "volume": volume.mean()}

@@ -29,7 +29,7 @@ import make_dataset  # noqa: E402
 import panel_flow  # noqa: E402
 import run  # noqa: E402
 import update_readme  # noqa: E402
-from model import BRANCHES, AirfoilModel, ModelConfig  # noqa: E402
+from model import BRANCHES, AirfoilModel, ModelConfig, flow_condition  # noqa: E402
 from training import Trainer, TrainingConfig, random_cases  # noqa: E402
 
 TINY = ModelConfig(dim=32, num_heads=2, blocks="scj")
@@ -275,7 +275,7 @@ def test_streaming_equals_one_pass(shapes: dataset.Shapes) -> None:
     }
     with torch.no_grad():
         queries = {"surface": cases.geometry, "volume": points[None]}
-        one_pass = model(cases.geometry, anchors, queries, radians)
+        one_pass = model(cases.geometry, anchors, queries, flow_condition(radians))
     velocity = one_pass["volume"][0, evaluation.VOLUME_ANCHORS :]
     pressure = one_pass["surface"][0, evaluation.SURFACE_ANCHORS :, 0]
     assert velocity.std() > 0.01 and pressure.std() > 0.01
@@ -291,9 +291,9 @@ def test_queries_change_nothing_but_themselves(shapes: dataset.Shapes) -> None:
     anchors = {branch: points[:, :20] for branch, points in cases.points.items()}
     queries = {branch: points[:, 20:40] for branch, points in cases.points.items()}
     with torch.no_grad():
-        alone = model(cases.geometry, anchors, {}, cases.angle)
-        together = model(cases.geometry, anchors, queries, cases.angle)
-        fewer = model(cases.geometry, anchors, {"volume": queries["volume"][:, 5:]}, cases.angle)
+        alone = model(cases.geometry, anchors, {}, flow_condition(cases.angle))
+        together = model(cases.geometry, anchors, queries, flow_condition(cases.angle))
+        fewer = model(cases.geometry, anchors, {"volume": queries["volume"][:, 5:]}, flow_condition(cases.angle))
     for branch in BRANCHES:
         torch.testing.assert_close(together[branch][:, :20], alone[branch], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(fewer["volume"][:, 20:], together["volume"][:, 25:], rtol=1e-4, atol=1e-4)

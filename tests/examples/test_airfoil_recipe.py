@@ -11,10 +11,10 @@ import pytest
 import torch
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "airfoil"
-sys.path.insert(0, str(EXAMPLE))
+sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent)]
 
 import comparison  # noqa: E402
-from muon import Muon, orthogonalized  # noqa: E402
+from common.muon import Muon, orthogonalized  # noqa: E402
 from training import TrainingConfig  # noqa: E402
 
 

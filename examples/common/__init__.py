@@ -1,0 +1,1 @@
+"""What the examples share: the anchored-branch transformer, its training and its optimiser."""
