@@ -31,7 +31,7 @@ PARTS = {
     "tools": {"anchor_attention", "tools"},
     "benchmarks": {"anchor_attention", "tools", "benchmarks"},
     "scripts": {"anchor_attention"},
-    "examples": {"anchor_attention"},
+    "examples": {"anchor_attention", "examples"},
     "docs": {"anchor_attention", "tools"},
     "tests": {"anchor_attention", "tools", "benchmarks", "scripts", "examples", "tests"},
 }
