@@ -44,7 +44,7 @@ LAYERS = (
     {"reference", "converters"},
     {"functional"},
     {"modules"},
-    {"integrations", "streaming", "benchmark", "__init__", "__main__"},
+    {"distributed", "integrations", "streaming", "benchmark", "__init__", "__main__"},
 )
 
 

@@ -1,0 +1,10 @@
+"""Attention to the keys of several processes: queries stay where they are, keys and values travel.
+
+Imported on its own, by ``import anchor_attention.distributed``: it loads ``torch.distributed``.
+"""
+
+from .attention import sharded_attention
+from .collectives import ProcessError
+from .sharded_table import GATHER_LIMIT, KeyShape, ShardedTable
+
+__all__ = ["GATHER_LIMIT", "KeyShape", "ProcessError", "ShardedTable", "sharded_attention"]
