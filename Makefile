@@ -3,6 +3,7 @@
 # make test-slow    the long tests: emulated sweeps, whole programs, builds
 # make test-corpus  the PTX emulator against kernels that others' compilers made (installs Triton: a gigabyte)
 # make fuzz   random calls against float64 on every instruction set, a minute; FUZZ_ARGS="--seconds 3600" goes on
+# make fuzz-arguments   wrong arguments, guided by coverage: refused alike with data and without (FUZZ_ARGS)
 # make fuzz-native   the key-range table under sanitizers, guided by coverage (FUZZ_SEED, FUZZ_SECONDS)
 # make bench  the CPU benchmarks, into benchmarks/results
 # make docs   the documentation site, into build/docs
@@ -37,7 +38,7 @@ TEST_NEEDS := build/.complete build/.test-packages build/.examples-packages buil
 TEST_NEEDS += $(if $(CI),build/.corpus-packages)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test fuzz fuzz-native test-slow test-corpus test-cuda-torch bench docs gpu gpu-package wheel wheel-test test-noether test-sanitizers test-aarch64 lint typecheck format clean help
+.PHONY: demo test fuzz fuzz-arguments fuzz-native test-slow test-corpus test-cuda-torch bench docs gpu gpu-package wheel wheel-test test-noether test-sanitizers test-aarch64 lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -81,6 +82,9 @@ test-corpus: $(TEST_NEEDS) build/.corpus-packages
 
 fuzz: build/.complete build/.test-packages
 	$(PYTHON) -m tests.fuzz $(FUZZ_ARGS)
+
+fuzz-arguments: build/.complete build/.test-packages
+	$(PYTHON) -m tests.fuzz.arguments $(FUZZ_ARGS)
 
 # Needs no torch. Coverage comes from the table's own file alone.
 FUZZER ?= build/fuzz_key_ranges

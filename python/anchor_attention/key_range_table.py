@@ -146,11 +146,9 @@ class KeyRangeTable:
             raise ValueError(
                 f"q_ranges and k_ranges must have equally many rows, got {len(query_rows)} and {len(key_rows)}"
             )
-        groups: dict[tuple[int | str, ...], tuple[Slice, list[int]]] = {}
+        groups: dict[Any, tuple[Slice, list[int]]] = {}
         for query, key in zip(query_rows, key_rows, strict=True):
-            # Symbolic numbers have no hash: they are the same where their expressions are.
-            name = tuple(bound if type(bound) is int else str(bound) for bound in query)
-            groups.setdefault(name, (query, []))[1].extend(key)
+            groups.setdefault(_name_of(query, groups), (query, []))[1].extend(key)
         k_offsets = [0]
         for _, keys in groups.values():
             k_offsets.append(k_offsets[-1] + len(keys) // 2)
@@ -365,6 +363,18 @@ def integers(name: str, numbers: Any) -> list[int]:
         _check_integers(name, values)
         values = [operator.index(value) for value in values]
     return values
+
+
+def _name_of(query: Slice, groups: Mapping[Any, tuple[Slice, list[int]]]) -> Any:
+    """What a range of queries is looked up by among those before it."""
+    if torch.compiler.is_compiling():
+        # The hash of a symbol would make it a constant of the graph; a comparison only guards which ones are equal.
+        for name, (other, _) in groups.items():
+            if other[0] == query[0] and other[1] == query[1]:
+                return name
+        return len(groups)
+    # Symbolic numbers have no hash: they are the same where their expressions are.
+    return tuple(bound if type(bound) is int else str(bound) for bound in query)
 
 
 def _rows(name: str, ranges: Any) -> list[Slice]:
