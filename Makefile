@@ -1,4 +1,5 @@
 # make demo   trains a small anchored-branch transformer on airfoil flow and shows what it learnt
+# make windtunnel   learns the flow around car-like bodies from OpenFOAM's cases, writes an unseen one for ParaView
 # make test   the tests, on every core; it says what it leaves out and why
 # make test-slow    the long tests: emulated sweeps, whole programs, builds
 # make test-corpus  the PTX emulator against kernels that others' compilers made (installs Triton: a gigabyte)
@@ -38,7 +39,7 @@ TEST_NEEDS := build/.complete build/.test-packages build/.examples-packages buil
 TEST_NEEDS += $(if $(CI),build/.corpus-packages)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test fuzz fuzz-arguments fuzz-native test-slow test-corpus test-cuda-torch bench docs gpu gpu-package wheel wheel-test test-noether test-sanitizers test-aarch64 lint typecheck format clean help
+.PHONY: demo windtunnel test fuzz fuzz-arguments fuzz-native test-slow test-corpus test-cuda-torch bench docs gpu gpu-package wheel wheel-test test-noether test-sanitizers test-aarch64 lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -69,6 +70,9 @@ build/.%-packages: build/.tools pyproject.toml
 
 demo: build/.runnable build/.examples-packages
 	$(PYTHON) examples/airfoil/run.py
+
+windtunnel: build/.runnable build/.windtunnel-packages
+	$(PYTHON) examples/windtunnel/run_windtunnel.py
 
 test: $(TEST_NEEDS)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)

@@ -50,6 +50,7 @@ class AirfoilModel(BranchedModel):
     def __init__(self, config: ModelConfig) -> None:
         problem = Problem(
             n_coordinates=2,
+            n_embedded=2,
             n_conditions=2,
             surface_features=SURFACE_FEATURES,
             volume_features=VOLUME_FEATURES,

@@ -64,17 +64,19 @@ class Problem:
 
     Args:
         n_coordinates: Coordinates of a point: its first features.
+        n_embedded: First features that :class:`FourierEmbedding` embeds: the coordinates, and what is alike.
         n_conditions: Numbers that hold for a whole case, as the angle of the wind.
         surface_features: Features of a point of the body, for geometry and surface branch.
         volume_features: Features of a point around it.
         surface_outputs: Values predicted at a point of the body.
         volume_outputs: Values predicted at a point around it.
-        surface_frequencies, volume_frequencies: Frequencies per coordinate of :class:`FourierEmbedding`.
+        surface_frequencies, volume_frequencies: Frequencies of each embedded feature, :class:`FourierEmbedding`.
         rope_wavelength: Ratio of the fastest to the slowest frequency of the rotary embedding.
         rope_scale: Radians per unit of length of the fastest one.
     """
 
     n_coordinates: int
+    n_embedded: int
     n_conditions: int
     surface_features: int
     volume_features: int
@@ -92,23 +94,23 @@ class FourierEmbedding(nn.Module):
     Args:
         n_features: Number of features.
         dim: Width of the tokens.
-        n_coordinates: How many of the features, the first ones, are coordinates.
-        n_frequencies: Frequencies per coordinate; each is twice the one before, the slowest is pi / 2 per unit.
+        n_embedded: How many of the features, the first ones, are embedded.
+        n_frequencies: Frequencies of each; each is twice the one before, the slowest is pi / 2 per unit.
     """
 
     frequencies: Tensor
 
-    def __init__(self, n_features: int, dim: int, n_coordinates: int, n_frequencies: int) -> None:
+    def __init__(self, n_features: int, dim: int, n_embedded: int, n_frequencies: int) -> None:
         super().__init__()
-        self.n_coordinates = n_coordinates
+        self.n_embedded = n_embedded
         self.register_buffer("frequencies", math.pi / 2 * 2.0 ** torch.arange(n_frequencies), persistent=False)
         self.mlp = nn.Sequential(
-            nn.Linear(n_features + 2 * n_coordinates * n_frequencies, dim), nn.GELU(), nn.Linear(dim, dim)
+            nn.Linear(n_features + 2 * n_embedded * n_frequencies, dim), nn.GELU(), nn.Linear(dim, dim)
         )
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, N, n_features) float32 -> (B, N, dim)."""
-        angles = (features[..., : self.n_coordinates, None] * self.frequencies).flatten(-2)
+        angles = (features[..., : self.n_embedded, None] * self.frequencies).flatten(-2)
         embedded: Tensor = self.mlp(torch.cat((features, angles.sin(), angles.cos()), dim=-1))
         return embedded
 
@@ -185,8 +187,8 @@ class BranchedModel(nn.Module):
         super().__init__()
         self.config = config
         self.problem = problem
-        dim, num_heads, n = config.dim, config.num_heads, problem.n_coordinates
-        self.rope = RopeFrequency(dim // num_heads, n, max_wavelength=problem.rope_wavelength)
+        dim, num_heads, n = config.dim, config.num_heads, problem.n_embedded
+        self.rope = RopeFrequency(dim // num_heads, problem.n_coordinates, max_wavelength=problem.rope_wavelength)
         self.condition = nn.Sequential(nn.Linear(problem.n_conditions, config.condition_dim), nn.GELU())
         self.embedding = nn.ModuleDict(
             {

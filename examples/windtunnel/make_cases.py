@@ -24,6 +24,7 @@ import bodies
 import numpy as np
 import openfoam_case
 import reading
+import vtk_files
 from bodies import Body
 from openfoam_case import Resolution, Solution
 from reading import Flow
@@ -31,9 +32,11 @@ from reading import Flow
 HERE = Path(__file__).resolve().parent
 DATA = HERE / "data"
 RUNS = HERE / "runs"
-N_CASES = 40
+N_CASES = 56
 SEED = 20
-VOLUME_POINTS = 16384
+VOLUME_POINTS = 12288
+# An unseen case of the plan whose whole mesh is stored, too.
+FULL_CASE = 3
 
 
 def store(path: Path, body: Body, resolution: Resolution, solution: Solution, flow: Flow, seed: int) -> None:
@@ -77,7 +80,10 @@ def make(number: int, body: Body, resolution: Resolution, data: Path, runs: Path
     try:
         openfoam_case.write(folder, body, resolution)
         solution = openfoam_case.solve(folder)
-        flow = reading.read(folder, body.speed)
+        cells, surface = reading.meshes(folder)
+        flow = reading.flow_of(cells, surface, body.speed)
+        if number == FULL_CASE:
+            vtk_files.store_solved(cells, surface, data / f"full_{number:03d}")
         store(data / f"case_{number:03d}.npz", body, resolution, solution, flow, seed=number)
     except (openfoam_case.CaseError, ValueError) as error:
         failed = runs / "failed" / f"case_{number:03d}.txt"

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import bodies
+import numpy as np
 from bodies import Body
+from numpy.typing import NDArray
 
 PROGRAMS = ("blockMesh", "snappyHexMesh", "simpleFoam")
 # Where Debian keeps what other installations name in the environment.
@@ -63,6 +65,7 @@ class Solution:
         converged: Whether the residuals reached the tolerance.
         iterations: Iterations that were made.
         residuals: Last initial residual by field.
+        drag_spread: Half of what the drag coefficient still moved by in the last 30 iterations.
         mesh_seconds: Wall-clock time of the mesh.
         solve_seconds: Wall-clock time of simpleFoam.
         solve_cpu_seconds: simpleFoam's own processor time.
@@ -71,6 +74,7 @@ class Solution:
     converged: bool
     iterations: int
     residuals: dict[str, float]
+    drag_spread: float
     mesh_seconds: float
     solve_seconds: float
     solve_cpu_seconds: float
@@ -92,13 +96,29 @@ def _file(path: Path, kind: str, content: str) -> None:
 
 
 def write(folder: Path, body: Body, resolution: Resolution) -> None:
-    """Writes all files of a case into a folder, which is emptied first."""
+    """Writes all files of a case of the family into a folder, which is emptied first."""
+    write_around(folder, bodies.triangles(body), body.speed, body.length, bodies.frontal_area(body), resolution)
+
+
+def write_around(
+    folder: Path, surface: NDArray[np.floating], speed: float, length: float, area: float, resolution: Resolution
+) -> None:
+    """Writes all files of a case around any surface into a folder, which is emptied first.
+
+    Args:
+        folder: Where to.
+        surface: (T, 3, 3) triangles of a closed surface in the tunnel, in metres.
+        speed: Speed of the wind in m/s.
+        length: Length of the moments' coefficients in metres.
+        area: Area of all coefficients in square metres.
+        resolution: How fine, and how long.
+    """
     shutil.rmtree(folder, ignore_errors=True)
-    bodies.write_stl(bodies.triangles(body), _made(folder / "constant" / "triSurface") / "body.stl")
-    _write_fields(folder, body.speed)
+    bodies.write_stl(surface, _made(folder / "constant" / "triSurface") / "body.stl")
+    _write_fields(folder, speed)
     _write_constants(folder)
     _write_mesh(folder, resolution)
-    _write_solver(folder, body, resolution)
+    _write_solver(folder, speed, length, area, resolution)
 
 
 def _made(folder: Path) -> Path:
@@ -197,8 +217,8 @@ mergeTolerance 1e-6;
     )
 
 
-def _write_solver(folder: Path, body: Body, resolution: Resolution) -> None:
-    area, tolerance = bodies.frontal_area(body), resolution.tolerance
+def _write_solver(folder: Path, speed: float, length: float, area: float, resolution: Resolution) -> None:
+    tolerance = resolution.tolerance
     _file(
         folder / "system" / "controlDict",
         "dictionary",
@@ -211,7 +231,7 @@ functions
     {{
         type forceCoeffs; libs (forces); patches (body); writeControl timeStep; writeInterval 1; log false;
         rho rhoInf; rhoInf 1; CofR (0 0 0); liftDir (0 0 1); dragDir (1 0 0); pitchAxis (0 1 0);
-        magUInf {body.speed:.9g}; lRef {body.length:.9g}; Aref {area:.9g};
+        magUInf {speed:.9g}; lRef {length:.9g}; Aref {area:.9g};
     }}
     wallShearStress {{ type wallShearStress; libs (fieldFunctionObjects); patches (body); writeControl writeTime; }}
 }}
@@ -272,7 +292,17 @@ def solve(folder: Path) -> Solution:
     if not iterations or not residuals or not cpu:
         raise CaseError(f"simpleFoam made no iteration: see {folder / 'log.simpleFoam'}")
     converged = "SIMPLE solution converged" in log
-    return Solution(converged, int(iterations[-1]), residuals, meshed - begin, seconds, float(cpu[-1]))
+    table = folder / "postProcessing" / "coefficients" / "0" / "coefficient.dat"
+    drags = [float(line.split()[1]) for line in table.read_text().splitlines() if not line.startswith("#")][-30:]
+    return Solution(
+        converged,
+        int(iterations[-1]),
+        residuals,
+        (max(drags) - min(drags)) / 2,
+        meshed - begin,
+        seconds,
+        float(cpu[-1]),
+    )
 
 
 def _run(folder: Path, program: str, *arguments: str) -> str:

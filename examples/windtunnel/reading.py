@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,11 +41,14 @@ class Flow:
     volume_pressure: Array
 
 
-def read(folder: Path, speed: float) -> Flow:
+def meshes(folder: Path) -> tuple[Any, Any]:
     """Reads the last written time of a case.
 
+    Returns:
+        The cells, a ``pyvista.UnstructuredGrid``, and the body, a ``pyvista.PolyData``, with fields by cell.
+
     Raises:
-        ValueError: No time was written, or a value is not finite.
+        ValueError: No time was written.
     """
     import pyvista
 
@@ -58,8 +62,15 @@ def read(folder: Path, speed: float) -> Flow:
     reader.enable_all_patch_arrays()
     reader.cell_to_point_creation = False
     blocks = reader.read()
-    cells, body = blocks["internalMesh"], blocks["boundary"]["body"]
+    return blocks["internalMesh"], blocks["boundary"]["body"]
 
+
+def flow_of(cells: Any, body: Any, speed: float) -> Flow:
+    """Makes a flow of meshes whose cells have OpenFOAM's fields ``U``, ``p`` and, on the body, ``wallShearStress``.
+
+    Raises:
+        ValueError: A value is not finite.
+    """
     # Points of a face are in order around it, and its normal points out of the mesh: into the body.
     sized = body.compute_cell_sizes(length=False, area=True, volume=False)
     oriented = body.compute_normals(
@@ -84,8 +95,13 @@ def read(folder: Path, speed: float) -> Flow:
     )
     for name, values in vars(flow).items():
         if not np.isfinite(values).all():
-            raise ValueError(f"{name} must be finite, got {np.count_nonzero(~np.isfinite(values))} values in {folder}")
+            raise ValueError(f"{name} must be finite, got {np.count_nonzero(~np.isfinite(values))} other values")
     return flow
+
+
+def read(folder: Path, speed: float) -> Flow:
+    """Reads the flow of a solved case: :func:`meshes`, then :func:`flow_of`."""
+    return flow_of(*meshes(folder), speed)
 
 
 def force(flow: Flow, area: float) -> Array:

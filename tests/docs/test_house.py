@@ -99,7 +99,7 @@ COMMENT = {
 }
 # What texts name that is not in the repository: what a page tells its reader to write, what commands and CUDA make.
 ELSEWHERE = re.compile(
-    r"gate|^kernel\.ptx$|^programs\.sm_80\.ptx$|^cuda\.h$|^examples/airfoil/runs/|^python/anchor_attention/share$"
+    r"gate|^kernel\.ptx$|^programs\.sm_80\.ptx$|^cuda\.h$|^examples/(airfoil|windtunnel)/runs/|^python/anchor_attention/share$"
 )
 
 
