@@ -24,7 +24,7 @@ TIMEOUT = 60.0
 
 
 class Failed(Exception):
-    """What a process has raised, with its traceback as text."""
+    """What a process has raised, with its traceback as text; or "is gone"."""
 
 
 class Processes:
@@ -50,7 +50,7 @@ class Processes:
             theirs.close()
 
     def outcomes(self, function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
-        """Calls ``function(mesh, *args)`` in the first ``world`` processes: results, :class:`Failed`, ``None`` if gone.
+        """Calls ``function(mesh, *args)`` in the first ``world`` processes: results, or :class:`Failed`.
 
         The mesh has one dimension, "tokens", of these processes.
         """
@@ -61,15 +61,15 @@ class Processes:
             try:
                 found.append(pipe.recv())
             except EOFError:
-                found.append(None)
+                found.append(Failed("is gone"))
         return found
 
     def run(self, function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
         """As :meth:`outcomes`, but what one raises is raised here."""
         found = self.outcomes(function, world, *args)
         for rank, outcome in enumerate(found):
-            if outcome is None or isinstance(outcome, Failed):
-                raise RuntimeError(f"process {rank} of {world}: {outcome or 'is gone'}")
+            if isinstance(outcome, Failed):
+                raise RuntimeError(f"process {rank} of {world}: {outcome}")
         return found
 
     def close(self) -> None:
@@ -109,9 +109,9 @@ def _serve(rank: int, size: int, timeout: float, folder: str, pipe: Connection) 
             break
         try:
             outcome = function(meshes[world - 1], *args)
+            pipe.send(outcome)
         except Exception as error:  # Whatever a test provokes.
-            outcome = Failed(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
-        pipe.send(outcome)
+            pipe.send(Failed(f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
     # Not by an orderly shutdown, which would wait for those that a test has killed.
     os._exit(0)
 

@@ -6,5 +6,13 @@ Imported on its own, by ``import anchor_attention.distributed``: it loads ``torc
 from .attention import sharded_attention
 from .collectives import ProcessError
 from .sharded_table import GATHER_LIMIT, KeyShape, ShardedTable
+from .style import SequenceParallelAttention
 
-__all__ = ["GATHER_LIMIT", "KeyShape", "ProcessError", "ShardedTable", "sharded_attention"]
+__all__ = [
+    "GATHER_LIMIT",
+    "KeyShape",
+    "ProcessError",
+    "SequenceParallelAttention",
+    "ShardedTable",
+    "sharded_attention",
+]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..modules.kv_cache import CacheEntry
+from ..modules.kv_cache import CacheEntry, KVCache
+from ..modules.plan import AttentionPlan
 from ..modules.steps import attend, plan_call, project_packed, read_tokens
 from .fused_forward import Arguments, FusedForward, angles_fit, arguments_of, same_batch
 
@@ -53,26 +54,37 @@ class MixedForward(FusedForward):
             return None
         if kv_cache is not None and not all(_fits_queries(kv_cache[name], x) for name in plan.cached_names):
             return None
-        if isinstance(packed, nn.Module):
-            q, k, v = project_packed(packed, x, plan, self.num_heads)
-        else:
-            read = read_tokens(x, plan)
-            q, k, v = self._heads(self.q(x)), self._heads(self.k(read)), self._heads(self.v(read))
-        attended, cache = attend(
-            self._normalised("q_norm", q),
-            self._normalised("k_norm", k),
-            v,
+        attended, cache = self._attend(
+            x,
+            token_specs,
+            patterns,
             plan,
             key_padding_mask=_of_batch(mask, x),
             freqs=freqs,
             kv_cache=kv_cache,
             return_kv_cache=returns_cache,
-            dropout=0.0,
         )
         out = self.proj(attended)
         if not self._returns_cache():
             return out
         return out, None if cache is None else {name: _without_mask(cache[name]) for name in anchors}
+
+    def _attend(
+        self, x: Tensor, token_specs: Any, patterns: Any, plan: AttentionPlan, **options: Any
+    ) -> tuple[Tensor, KVCache | None]:
+        """Projects and attends. ``options`` are those of :func:`attend`."""
+        k, v, project_queries = self._project(x, plan)
+        return attend(project_queries(), k, v, plan, dropout=0.0, **options)
+
+    def _project(self, x: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+        """k and v of the tokens that are read, and what projects the queries: normalised, in heads."""
+        packed = getattr(self, "qkv", None)
+        if isinstance(packed, nn.Module):
+            q, k, v = project_packed(packed, x, plan, self.num_heads)
+            return self._normalised("k_norm", k), v, lambda: self._normalised("q_norm", q)
+        read = read_tokens(x, plan)
+        k, v = self._heads(self.k(read)), self._heads(self.v(read))
+        return self._normalised("k_norm", k), v, lambda: self._normalised("q_norm", self._heads(self.q(x)))
 
     def _fits(self, arguments: Arguments, x: Any, mask: Any, freqs: Any) -> bool:
         if arguments.get("attention_mask") is not None or not self._is_usual(arguments):

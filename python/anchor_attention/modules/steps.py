@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -13,7 +13,7 @@ from ..key_range_table import KeyRangeTable
 from ..patterns import AttentionPattern, TokenSpec
 from .checks import Freqs, check_groups, check_patterns, group_size
 from .kv_cache import CacheEntry, KVCache, append_cached, cached_size, check_cache, make_cache
-from .plan import AttentionPlan, GroupSize, attention_plan
+from .plan import AttentionPlan, GroupSize, Pattern, attention_plan
 from .projection import is_plain_linear
 from .rope import rotate_half_rope
 
@@ -44,6 +44,29 @@ def plan_call(
     Raises:
         ValueError: If the arguments contradict each other.
     """
+    groups, patterns = named_call(x, token_specs, attention_patterns, kv_cache, num_heads, head_dim)
+    plan = attention_plan(groups, patterns, keep_unread, tuple(keep_names))
+    if plan.n_tokens != x.shape[1]:
+        raise ValueError(
+            f"Token specs total size {plan.n_tokens} must equal the number of tokens of x, {x.shape[1]}; "
+            f"token_specs are {[(group.name, group.in_x) for group in groups]}"
+        )
+    return plan
+
+
+def named_call(
+    x: Tensor,
+    token_specs: Sequence[TokenSpec],
+    attention_patterns: Sequence[AttentionPattern],
+    kv_cache: Mapping[str, CacheEntry] | None,
+    num_heads: int,
+    head_dim: int,
+) -> tuple[tuple[GroupSize, ...], tuple[Pattern, ...]]:
+    """Reads the groups and patterns of a call, in a form that can be looked up. Arguments as for :func:`plan_call`.
+
+    Raises:
+        ValueError: If one is of another kind, or the cache does not fit.
+    """
     if kv_cache is not None:
         check_cache(kv_cache)
     groups = []
@@ -55,13 +78,7 @@ def plan_call(
             in_cache = cached_size(name, kv_cache[name], x.shape[0], num_heads, head_dim)
         groups.append(GroupSize(name, size, in_cache))
     patterns = tuple((tuple(p.query_tokens), tuple(p.key_value_tokens)) for p in check_patterns(attention_patterns))
-    plan = attention_plan(tuple(groups), patterns, keep_unread, tuple(keep_names))
-    if plan.n_tokens != x.shape[1]:
-        raise ValueError(
-            f"Token specs total size {plan.n_tokens} must equal the number of tokens of x, {x.shape[1]}; "
-            f"token_specs are {[(group.name, group.in_x) for group in groups]}"
-        )
-    return plan
+    return tuple(groups), patterns
 
 
 def project_packed(qkv: nn.Module, x: Tensor, plan: AttentionPlan, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,22 +87,36 @@ def project_packed(qkv: nn.Module, x: Tensor, plan: AttentionPlan, num_heads: in
     Returns:
         q (B, N, H, D) and k, v (B, tokens read, H, D): views of one or two packed projections.
     """
+    if plan.reads_all:
+        q, k, v = split_heads(qkv(x), 3, num_heads, x.shape[2] // num_heads).unbind(2)
+        return q, k, v
+    k, v, project_queries = project_keys(qkv, x, plan, num_heads)
+    return project_queries(), k, v
+
+
+def project_keys(
+    qkv: nn.Module, x: Tensor, plan: AttentionPlan, num_heads: int
+) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+    """As :func:`project_packed`, but only k and v, and a function that projects the queries later."""
     dim = x.shape[2]
     heads = (num_heads, dim // num_heads)
-    if plan.reads_all or not is_plain_linear(qkv):
+    if not is_plain_linear(qkv):
         q, k, v = split_heads(qkv(x), 3, *heads).unbind(2)
-        return q, read_tokens(k, plan), read_tokens(v, plan)
+        return read_tokens(k, plan), read_tokens(v, plan), lambda: q
     layer = cast(nn.Linear, qkv)
     rows = [dim, 2 * dim]
     q_weight, kv_weight = layer.weight.split_with_sizes(rows)
     q_bias, kv_bias = (None, None) if layer.bias is None else layer.bias.split_with_sizes(rows)
-    q = split_heads(nn.functional.linear(x, q_weight, q_bias), *heads)
+
+    def project_queries() -> Tensor:
+        return split_heads(nn.functional.linear(x, q_weight, q_bias), *heads)
+
     if not plan.read_slices:
-        k = v = q[:, :0]
-        return q, k, v
+        q = project_queries()
+        return q[:, :0], q[:, :0], lambda: q
     kv = nn.functional.linear(read_tokens(x, plan), kv_weight, kv_bias)
     k, v = split_heads(kv, 2, *heads).unbind(2)
-    return q, k, v
+    return k, v, project_queries
 
 
 def attend(
@@ -143,7 +174,7 @@ def attend(
 
     if dropout > 0:
         q = q if q_freqs is None else rope(q, q_freqs)
-        attended = _attention_with_dropout(q, k, v, plan.table, key_mask, dropout)
+        attended = attention_with_dropout(q, k, v, plan.table, key_mask, dropout)
     else:
         attended = anchor_attention(q, k, v, plan.table, q_freqs=q_freqs, k_freqs=k_freqs, key_mask=key_mask)
     return attended.flatten(2), cache
@@ -167,7 +198,7 @@ def readable(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _attention_with_dropout(
+def attention_with_dropout(
     q: Tensor, k: Tensor, v: Tensor, table: KeyRangeTable, key_mask: Tensor | None, dropout: float
 ) -> Tensor:
     """Attention of rotated q and k with dropped weights, one call for each entry of the table. Shapes as there."""
