@@ -105,13 +105,13 @@ CASES = (
 )
 
 
-def build_model(case: Case, dim: int, heads: int) -> AnchoredBranchedUPT:
-    """Makes the random model of a case."""
+def model_config(case: Case, dim: int, heads: int) -> AnchorBranchedUPTConfig:
+    """Makes the configuration of a case's model."""
     domains = {
         name: DomainDataSpec(output_dims=FieldDimSpec({"pressure": 1, "velocity": 3}), feature_dim=None)
         for name in case.anchors
     }
-    config = AnchorBranchedUPTConfig(
+    return AnchorBranchedUPTConfig(
         name="ab_upt",
         supernode_pooling_config=SupernodePoolingConfig(hidden_dim=dim, input_dim=3, radius=0.3, max_degree=16),
         transformer_block_config=TransformerBlockConfig(
@@ -127,7 +127,11 @@ def build_model(case: Case, dim: int, heads: int) -> AnchoredBranchedUPT:
             domains=domains,
         ),
     )
-    model = AnchoredBranchedUPT(config)
+
+
+def build_model(case: Case, dim: int, heads: int) -> AnchoredBranchedUPT:
+    """Makes the random model of a case."""
+    model = AnchoredBranchedUPT(model_config(case, dim, heads))
     # The package's initialisation leaves scores near 0, where every attention is a mean.
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -30,7 +30,7 @@ ROWS = {
     "perceiver attention, every mask, batches of one": ("test_perceiver", "test_batches"),
     "rotary factors of every form": ("test_factors", "test_angles"),
     "errors word by word": ("test_errors",),
-    "whole AB-UPT models, with and without cache": ("test_a_whole_model",),
+    "whole AB-UPT models, with and without cache": ("test_a_whole_model", "test_the_walkthrough"),
     "what is unreleased: learnt norms, arguments that choose an implementation": ("test_unreleased",),
 }
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -283,6 +285,40 @@ def test_a_whole_model_stays_the_same(untied: bool) -> None:
                     torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-4 * float(value.abs().max()))
         assert restore(fast) == 7
         assert torch.equal(fast(**inputs)[0]["surface_pressure"], expected["surface_pressure"])
+
+
+@needs_untied
+def test_the_walkthrough_of_the_documentation_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = importlib.import_module("benchmarks.noether_models")
+    case = models.Case("small", {"surface": 20, "volume": 24}, {})
+    model, inputs = models.build_model(case, DIM, HEADS), models.make_inputs(case)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    volume_points = 4 * torch.rand(2345, 3)
+    names = {
+        "config": models.model_config(case, DIM, HEADS),
+        "geometry": inputs["geometry_position"],
+        "supernodes": inputs["geometry_supernode_idx"],
+        "batch_of_point": inputs["geometry_batch_idx"],
+        "surface_anchors": inputs["domain_anchor_positions"]["surface"],
+        "volume_anchors": inputs["domain_anchor_positions"]["volume"],
+        "volume_points": volume_points,
+    }
+    page = (Path(__file__).resolve().parents[2] / "docs" / "integrations.md").read_text()
+    _, _, section = page.partition("### From a checkpoint to a million points")
+    section, _, _ = section.partition("`accelerate` changes no parameter")
+    code = textwrap.dedent("\n".join(line for line in section.splitlines() if line.startswith("    ") or not line))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/integrations.md", "exec"), names)
+
+    with torch.no_grad():
+        _, cache = model(**inputs)
+        expected, _ = model(domain_query_positions={"volume": volume_points[None]}, kv_cache=cache)
+    fields = torch.load("fields.pt")
+    assert set(fields) == set(expected)
+    for found in (fields, names["again"]):
+        for field, value in expected.items():
+            # Through seven blocks.
+            torch.testing.assert_close(found[field], value[0], rtol=0, atol=1e-4 * float(value.abs().max()))
 
 
 # What the package's main line has and no release does, laid over the release: written here, in its way of attending.

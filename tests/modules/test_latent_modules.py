@@ -157,6 +157,24 @@ def test_modules_compile_with_any_number_of_tokens() -> None:
             lambda: PerceiverAttention(dim=16, num_heads=2)(torch.zeros(1, 2, 16), kv_cache={"k": torch.zeros(1, 3)}),
             r"kv_cache must hold 'k'",
         ),
+        (
+            lambda: PerceiverAttention(dim=16, num_heads=2)(torch.zeros(1, 2, 16), torch.zeros(2, 3, 16)),
+            "kv must have the batch size of q, 1, got 2",
+        ),
+        (
+            lambda: PerceiverAttention(dim=16, num_heads=2)(torch.zeros(1, 2, 16), [[1.0]]),
+            "kv must be a Tensor, got list",
+        ),
+        (
+            lambda: PerceiverAttention(dim=16, num_heads=2)(
+                torch.zeros(1, 2, 16), torch.zeros(1, 3, 16, device="meta")
+            ),
+            r"kv must be on the device of the module's weights \(cpu\), got meta",
+        ),
+        (
+            lambda: latent_module()[0](torch.zeros(1, 2, 16, device="meta")),
+            r"x must be on the device of the module's weights \(cpu\), got meta",
+        ),
         (lambda: latent_module()[0](torch.zeros(1, 2, 16).double(), SPECS), "the module has no branches"),
         (lambda: latent_module(branches=("a",))[0](torch.zeros(1, 2, 16).double()), "token_specs must be given"),
         (

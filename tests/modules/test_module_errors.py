@@ -284,3 +284,38 @@ def test_an_error_is_raised_again_and_leaves_no_trace() -> None:
         with pytest.raises(MissingAnchorTokenError):
             module(tokens(5), wrong)
         assert module(tokens(5), right).shape == (2, 5, DIM)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x", r"x must be on the device of the module's weights \(cpu\), got meta"),
+        ("freqs", r"freqs must be on the device of x \(cpu\), got meta"),
+        ("key_padding_mask", r"key_padding_mask must be on the device of x \(cpu\), got meta"),
+    ],
+)
+@pytest.mark.parametrize("module_class", BRANCH_MODULES)
+def test_one_argument_without_data(module_class: type, name: str, message: str) -> None:
+    module = branch_module(module_class, use_rope=True)
+    arguments = {
+        "x": tokens(9),
+        "freqs": torch.ones(1, 9, 8, dtype=torch.complex64),
+        "key_padding_mask": torch.ones(2, 9, dtype=torch.bool),
+    }
+    groups = specs(surface_anchors=4, volume_anchors=5)
+    module(token_specs=groups, **arguments)
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(ValueError, match=message):
+        module(token_specs=groups, **arguments)
+    # All of it without data is a model that is only measured.
+    without = {name: argument.to("meta") for name, argument in arguments.items()}
+    assert module.to("meta")(token_specs=groups, **without).shape == (2, 9, DIM)
+
+
+def test_rotation_angles_of_an_axis_without_data() -> None:
+    module = branch_module(SelfAnchorAttention, use_rope=True)
+    angles = tuple(torch.zeros(1, 9, width) for width in (4, 4, 6))
+    groups = specs(surface_anchors=4, volume_anchors=5)
+    module(tokens(9), groups, angles)
+    with pytest.raises(ValueError, match=r"freqs\[1\] must be on the device of x \(cpu\), got meta"):
+        module(tokens(9), groups, (angles[0], angles[1].to("meta"), angles[2]))

@@ -59,7 +59,7 @@ class ShardedMixed(MixedAttention):
         kv_cache: Mapping[str, CacheEntry] | None,
         return_kv_cache: bool,
     ) -> Tensor | tuple[Tensor, KVCache]:
-        check_inputs(x, self.num_heads, self.head_dim, self.use_rope, key_padding_mask, freqs)
+        check_inputs(x, self.num_heads, self.head_dim, self.use_rope, key_padding_mask, freqs, layer=self.qkv)
         heads = (self.num_heads, self.head_dim)
         plan = plan_call(x, token_specs, attention_patterns, kv_cache, *heads, keep_unread=return_kv_cache)
         groups, patterns = named_call(x, token_specs, attention_patterns, kv_cache, *heads)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..patterns import AttentionPattern, TokenSpec
 
@@ -22,15 +22,21 @@ def check_inputs(
     key_padding_mask: Tensor | None,
     freqs: Freqs | None,
     *,
+    layer: nn.Module,
     name: str = "x",
 ) -> None:
-    """Checks the inputs of a call against each other and the module. ``name``: what the caller calls x.
+    """Checks the inputs of a call against each other and the module.
+
+    Args:
+        layer: What projects ``x``.
+        name: What the caller calls x.
 
     Raises:
-        ValueError: If a type, shape or dtype does not fit, or freqs are missing or not used.
+        ValueError: If a type, shape, dtype or device does not fit, or freqs are missing or not used.
     """
     hidden_dim = num_heads * head_dim
-    _check_tensor(name, x)
+    check_tensor(name, x)
+    check_has_data(name, x, layer)
     if x.dim() != 3 or x.shape[2] != hidden_dim:
         hint = ""
         if x.dim() == 4 and x.shape[3] == head_dim:
@@ -44,9 +50,11 @@ def check_inputs(
         raise ValueError(f"RoPE usage mismatch: use_rope={use_rope}, but freqs={given}")
     if freqs is not None:
         _check_freqs(x, head_dim, freqs)
+        for axis, part in enumerate(freqs if isinstance(freqs, tuple) else (freqs,)):
+            check_beside(f"freqs[{axis}]" if isinstance(freqs, tuple) else "freqs", part, name, x)
     if key_padding_mask is None:
         return
-    _check_tensor("key_padding_mask", key_padding_mask)
+    check_tensor("key_padding_mask", key_padding_mask)
     if key_padding_mask.dtype != torch.bool:
         raise ValueError(f"key_padding_mask must have dtype torch.bool, got {key_padding_mask.dtype}")
     if key_padding_mask.dim() != 2:
@@ -56,6 +64,31 @@ def check_inputs(
             f"key_padding_mask must have the batch size and length of x, {tuple(x.shape[:2])}, "
             f"got {tuple(key_padding_mask.shape)}"
         )
+    check_beside("key_padding_mask", key_padding_mask, name, x)
+
+
+def check_has_data(name: str, x: Tensor, layer: nn.Module) -> None:
+    """Checks that an input has data if the weights of the layer that takes it have.
+
+    Weights without data are no fault: they may come when the layer is called.
+
+    Raises:
+        ValueError: If ``x`` alone is on the meta device.
+    """
+    if x.is_meta:
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and not weight.is_meta:
+            raise ValueError(f"{name} must be on the device of the module's weights ({weight.device}), got meta")
+
+
+def check_beside(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Checks that two arguments are on one device.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if tensor.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name} ({other.device}), got {tensor.device}")
 
 
 def check_groups(token_specs: Any) -> Sequence[TokenSpec]:
@@ -105,14 +138,14 @@ def group_size(name: str, size: Any) -> int:
 def _check_freqs(x: Tensor, head_dim: int, freqs: Freqs) -> None:
     if isinstance(freqs, tuple):
         for axis, angles in enumerate(freqs):
-            _check_tensor(f"freqs[{axis}]", angles)
+            check_tensor(f"freqs[{axis}]", angles)
             if angles.dim() != 3 or angles.is_complex() or not _fits(angles, x):
                 raise ValueError(
                     f"freqs[{axis}] must be real angles ({_batch(x)}, {_tokens(x)}, width), got {angles.dtype} "
                     f"of shape {tuple(angles.shape)}"
                 )
         return
-    _check_tensor("freqs", freqs)
+    check_tensor("freqs", freqs)
     if freqs.dim() != 3 or not freqs.is_complex() or freqs.shape[2] != head_dim // 2 or not _fits(freqs, x):
         raise ValueError(
             f"freqs must be complex ({_batch(x)}, {_tokens(x)}, {head_dim // 2}), or a tuple of real angles, "
@@ -133,7 +166,12 @@ def _tokens(x: Tensor) -> int:
     return x.shape[1]
 
 
-def _check_tensor(name: str, value: Any) -> None:
+def check_tensor(name: str, value: Any) -> None:
+    """Checks that an argument is a tensor.
+
+    Raises:
+        ValueError: If it is something else, as a NumPy array.
+    """
     if not isinstance(value, Tensor):
         hint = ": torch.from_numpy makes one" if type(value).__module__ == "numpy" else ""
         raise ValueError(f"{name} must be a Tensor, got {type(value).__name__}{hint}")

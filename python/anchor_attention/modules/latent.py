@@ -135,7 +135,7 @@ class LatentAttention(nn.Module):
         Raises:
             ValueError: If the arguments contradict each other or the configuration.
         """
-        check_inputs(x, self.num_heads, self.head_dim, False, key_padding_mask, None)
+        check_inputs(x, self.num_heads, self.head_dim, False, key_padding_mask, None, layer=self.k)
         plan = self._plan(x, token_specs, latent_cache is None)
         queries = self._latent_queries(x, latents)
         keys = split_heads(self.k(x), self.num_heads, self.head_dim)

@@ -115,7 +115,7 @@ class MixedAttention(nn.Module):
         Raises:
             ValueError: If the arguments contradict each other or the configuration.
         """
-        check_inputs(x, self.num_heads, self.head_dim, self.use_rope, key_padding_mask, freqs)
+        check_inputs(x, self.num_heads, self.head_dim, self.use_rope, key_padding_mask, freqs, layer=self.qkv)
         plan = plan_call(
             x, token_specs, attention_patterns, kv_cache, self.num_heads, self.head_dim, keep_unread=return_kv_cache
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import anchor_attention, rope
 from ..key_range_table import KeyRangeTable
-from .checks import check_inputs
+from .checks import check_beside, check_has_data, check_inputs, check_tensor
 from .config import PerceiverAttentionConfig, default, given, resolve_config
 from .plan import bounded_cache
 from .projection import initialise, make_norm
@@ -117,11 +118,11 @@ class PerceiverAttention(nn.Module):
         Raises:
             ValueError: If the arguments contradict each other or the configuration.
         """
-        check_inputs(q, self.num_heads, self.head_dim, self.use_rope, None, q_freqs, name="q")
+        check_inputs(q, self.num_heads, self.head_dim, self.use_rope, None, q_freqs, layer=self.q, name="q")
         if (kv is None) == (kv_cache is None):
             raise ValueError("give either kv or kv_cache, got " + ("neither" if kv is None else "both"))
         if kv is not None:
-            keys, values = self._project(kv, k_freqs)
+            keys, values = self._project(kv, k_freqs, q)
         else:
             assert kv_cache is not None
             keys, values = self._cached(kv_cache)
@@ -137,9 +138,14 @@ class PerceiverAttention(nn.Module):
         out: Tensor = self.proj(attended.flatten(2))
         return (out, {"k": keys.transpose(1, 2), "v": values.transpose(1, 2)}) if return_kv_cache else out
 
-    def _project(self, kv: Tensor, k_freqs: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _project(self, kv: Tensor, k_freqs: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+        check_tensor("kv", kv)
         if kv.dim() != 3 or kv.shape[2] != self.kv_dim:
             raise ValueError(f"kv must be (batch, tokens, {self.kv_dim}), got shape {tuple(kv.shape)}")
+        check_has_data("kv", kv, self.k)
+        check_beside("kv", kv, "q", q)
+        if not torch.compiler.is_compiling() and kv.shape[0] != q.shape[0]:
+            raise ValueError(f"kv must have the batch size of q, {q.shape[0]}, got {kv.shape[0]}")
         if self.use_rope != (k_freqs is not None):
             given = "None" if k_freqs is None else type(k_freqs).__name__
             raise ValueError(f"RoPE usage mismatch: use_rope={self.use_rope}, but k_freqs={given}")
