@@ -8,6 +8,7 @@ set(HOST_SOURCES
   csrc/host/canonical_key_ranges.cpp
   csrc/host/checks.cpp
   csrc/host/cpu.cpp
+  csrc/host/derivatives.cpp
   csrc/host/interrupts.cpp
   csrc/host/rope.cpp)
 
@@ -16,6 +17,7 @@ set(CPU_SOURCES
   csrc/key_ranges.cpp
   csrc/kernels/cpu/attention.cpp
   csrc/kernels/cpu/attention_backward.cpp
+  csrc/kernels/cpu/attention_jvp.cpp
   csrc/kernels/cpu/dispatch.cpp
   csrc/kernels/cpu/rope.cpp
   csrc/kernels/cpu/schedule.cpp)
@@ -24,6 +26,8 @@ set(CPU_SOURCES
 # the linker keeps one copy of such a function, and it might keep one that needs AVX-512.
 set(VECTOR_STEPS
   csrc/kernels/cpu/vector/attention_backward_tile.cpp
+  csrc/kernels/cpu/vector/attention_double_backward_tile.cpp
+  csrc/kernels/cpu/vector/attention_jvp_tile.cpp
   csrc/kernels/cpu/vector/attention_tile.cpp
   csrc/kernels/cpu/vector/instruction_set.cpp
   csrc/kernels/cpu/vector/pack.cpp

@@ -73,6 +73,35 @@ struct AttentionBackwardParams {
   void* grad_q_freqs;    // [batch or 1, n_queries, head_dim / 2] complex, contiguous, null when not wanted
 };
 
+// Tangents of a tensor, one behind the other; null when they are zero.
+struct Tangents {
+  const void* data;  // [n_tangents, batch, tokens, heads, head_dim]
+  int64_t stride;    // elements between tangents
+  Strides strides;
+};
+
+// Directions along which q, k and v move, and how out and lse move with them. q is rotated already.
+struct AttentionJvpParams {
+  AttentionParams forward;  // out and lse are inputs where `knows_value`
+  bool knows_value;
+  int64_t n_tangents;
+  Tangents q_tangents;
+  Tangents k_tangents;
+  Tangents v_tangents;
+  void* out_tangents;  // [n_tangents, batch, n_queries, heads, value_dim], contiguous
+  void* lse_tangents;  // [n_tangents, batch, heads, n_queries], contiguous, type of lse
+};
+
+// Gradients of <grad_out, tangent of out> + <grad_lse, tangent of lse> by q, k and v, along one direction.
+struct AttentionDoubleBackwardParams {
+  AttentionBackwardParams backward;  // without q_freqs; its gradients are the outputs
+  Tangents q_tangent;
+  Tangents k_tangent;
+  Tangents v_tangent;
+  const void* out_tangent;  // [batch, n_queries, heads, value_dim], contiguous
+  const void* lse_tangent;  // [batch, heads, n_queries], contiguous, type of lse
+};
+
 // y = x · freqs on interleaved pairs (2i, 2i + 1), computed in float32 and rounded to x's type.
 struct RopeParams {
   const void* x;      // [batch, tokens, heads, head_dim]

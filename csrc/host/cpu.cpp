@@ -51,6 +51,14 @@ void Cpu::attention_backward(const AttentionBackwardParams& params, const Tensor
   run([&](const cpu::Executor& executor) { cpu::attention_backward(params, executor, allow_tf32); });
 }
 
+void Cpu::attention_jvp(const AttentionJvpParams& params) {
+  run([&](const cpu::Executor& executor) { cpu::attention_jvp(params, executor); });
+}
+
+void Cpu::attention_double_backward(const AttentionDoubleBackwardParams& params) {
+  run([&](const cpu::Executor& executor) { cpu::attention_double_backward(params, executor); });
+}
+
 void Cpu::rope(const RopeParams& params, const Tensor&) {
   run([&](const cpu::Executor& executor) { cpu::rope(params, executor); });
 }

@@ -12,7 +12,7 @@ from . import ops  # noqa: E402, F401
 from ._library import CpuInstructionSets, cpu_instruction_sets  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .distance_bias import with_distance_bias  # noqa: E402
-from .functional import anchor_attention, merge_attention, rope, use_backend  # noqa: E402
+from .functional import anchor_attention, anchor_attention_jvp, merge_attention, rope, use_backend  # noqa: E402
 from .key_range_table import KeyRangeTable  # noqa: E402
 from .modules import (  # noqa: E402
     AttentionConfig,
@@ -67,6 +67,7 @@ __all__ = [
     "UnexpectedTokenError",
     "__version__",
     "anchor_attention",
+    "anchor_attention_jvp",
     "anchor_attention_reference",
     "converters",
     "cpu_instruction_sets",

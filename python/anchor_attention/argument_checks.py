@@ -122,6 +122,56 @@ def attention_backward(
         _fail("need_q_freqs is true, but there are no q_freqs")
 
 
+def attention_tangents(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_tangent: torch.Tensor | None,
+    k_tangent: torch.Tensor | None,
+    v_tangent: torch.Tensor | None,
+    stacked: bool,
+) -> Any:
+    """Checks the directions of ``attention_jvp`` (``stacked``) and ``attention_double_backward``.
+
+    Returns:
+        How many there are of each.
+
+    Raises:
+        RuntimeError: With the text of the operation.
+    """
+    ending = "s" if stacked else ""
+    n = None if stacked else 1
+    for of, tangent, tensor in (("q", q_tangent, q), ("k", k_tangent, k), ("v", v_tangent, v)):
+        if tangent is None:
+            continue
+        name = f"{of}_tangent{ending}"
+        shape = tuple(tensor.shape)
+        if stacked:
+            _check_rank(name, tangent, 5, "(tangents, batch, tokens, heads, head_dim)")
+            n = tangent.shape[0] if n is None else n
+            shape = (n, *shape)
+        _check_shape(name, tangent, shape)
+        _check_same_device(name, tangent, of, tensor)
+        _check_same_dtype(name, tangent, of, tensor)
+    if q_tangent is None and k_tangent is None and v_tangent is None:
+        _fail(f"one of q_tangent{ending}, k_tangent{ending} and v_tangent{ending} must be given, got none")
+    return n
+
+
+def known_value(q: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor | None) -> bool:
+    """Checks the results of the forward that ``attention_jvp`` may be given, and says whether they are.
+
+    Raises:
+        RuntimeError: With the text of the operation.
+    """
+    if (out is None) != (lse is None):
+        _fail("out and lse must be given together")
+    if out is None or lse is None:
+        return False
+    attention_backward(out, None, q, v, out, lse, None, False)
+    return True
+
+
 def rope(x_name: str, x: torch.Tensor, freqs: torch.Tensor, freqs_name: str = "freqs") -> None:
     """Checks the arguments of ``rope``, under the names that the caller knows.
 

@@ -69,12 +69,72 @@ def _attention_backward(
     return 2 * widths * _scores(q_shape, q_ranges, k_offsets, k_ranges)
 
 
+def _tangent_widths(q_shape: Any, k_shape: Any, v_shape: Any, head_dim: int, value_dim: int) -> int:
+    """Of the products that one tangent of the output takes: the arguments are shapes of directions, or None."""
+    moves_scores = q_shape is not None or k_shape is not None
+    of_scores = (q_shape is not None) + (k_shape is not None)
+    return of_scores * head_dim + (moves_scores + (v_shape is not None)) * value_dim
+
+
+def _attention_jvp(
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    known_out_shape: Sequence[int] | None,
+    lse_shape: Sequence[int] | None,
+    q_tangents_shape: Sequence[int] | None,
+    k_tangents_shape: Sequence[int] | None,
+    v_tangents_shape: Sequence[int] | None,
+    q_ranges: Sequence[int],
+    k_offsets: Sequence[int],
+    k_ranges: Sequence[int],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    shapes = (q_tangents_shape, k_tangents_shape, v_tangents_shape)
+    n = next((shape[0] for shape in shapes if shape is not None), 0)
+    value = 0 if known_out_shape is not None else q_shape[3] + v_shape[3]
+    widths = value + n * _tangent_widths(*shapes, q_shape[3], v_shape[3])
+    return 2 * widths * _scores(q_shape, q_ranges, k_offsets, k_ranges)
+
+
+def _attention_double_backward(
+    grad_out_shape: Sequence[int],
+    grad_lse_shape: Sequence[int] | None,
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    v_shape: Sequence[int],
+    known_out_shape: Sequence[int],
+    lse_shape: Sequence[int],
+    q_tangent_shape: Sequence[int] | None,
+    k_tangent_shape: Sequence[int] | None,
+    v_tangent_shape: Sequence[int] | None,
+    q_ranges: Sequence[int],
+    k_offsets: Sequence[int],
+    k_ranges: Sequence[int],
+    key_mask_shape: Sequence[int] | None,
+    scale: float | None,
+    need_q: bool,
+    need_k: bool,
+    need_v: bool,
+    **kwargs: Any,
+) -> int:
+    moves_q, moves_k, moves_v = (shape is not None for shape in (q_tangent_shape, k_tangent_shape, v_tangent_shape))
+    widths = _tangent_widths(q_tangent_shape, k_tangent_shape, v_tangent_shape, q_shape[3], v_shape[3])
+    widths += (need_q or need_k) * (1 + moves_v) * v_shape[3]
+    widths += (need_q * (1 + moves_k) + need_k * (1 + moves_q)) * q_shape[3]
+    widths += (need_v and (moves_q or moves_k)) * v_shape[3]
+    return 2 * widths * _scores(q_shape, q_ranges, k_offsets, k_ranges)
+
+
 def _register() -> None:
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
     for operation, formula in (
         (torch.ops.anchor_attention.attention, _attention),
         (torch.ops.anchor_attention.attention_backward, _attention_backward),
+        (torch.ops.anchor_attention.attention_jvp, _attention_jvp),
+        (torch.ops.anchor_attention.attention_double_backward, _attention_double_backward),
     ):
         if operation not in flop_registry:
             register_flop_formula(operation)(formula)

@@ -153,6 +153,69 @@ def anchor_attention(
     return (out, lse) if return_lse else out
 
 
+def anchor_attention_jvp(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: KeyRangeTable,
+    q_tangents: torch.Tensor | None = None,
+    k_tangents: torch.Tensor | None = None,
+    v_tangents: torch.Tensor | None = None,
+    *,
+    key_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention and its derivatives along given directions, at once: they share scores and probabilities.
+
+    What ``torch.func.jvp`` of :func:`anchor_attention` computes, for several tangents in one pass, and as a plain
+    function, which ``torch.compile`` takes. With directions (a, b, c) of (q, k, v), P the probabilities of a row and
+    T = scale · (<a, k> + <q, b>)::
+
+        tangent of out = Σ_j P_j (T_j − r) v_j + P_j c_j        tangent of lse = r = Σ_j P_j T_j
+
+    q and k that are to be rotated are rotated before, and their tangents likewise (:func:`rope`). Results can be
+    differentiated once more, by gradients. Queries without keys have zero derivatives. Under ``torch.autocast`` all
+    tensors are cast to the autocast dtype.
+
+    Args:
+        q: (B, Nq, H, D) queries, as :func:`anchor_attention` takes them; k, v, table and key_mask likewise.
+        k: (B, Nk, Hk, D) keys.
+        v: (B, Nk, Hk, Dv) values.
+        table: Who reads whom.
+        q_tangents: (n, B, Nq, H, D), one direction behind the other, in q's dtype. None stands for zeros; one of the
+            three must be given.
+        k_tangents: (n, B, Nk, Hk, D).
+        v_tangents: (n, B, Nk, Hk, Dv).
+        key_mask: (B, Nk) bool, True where the key exists.
+        scale: Factor of the scores; D^-½ when None.
+
+    Returns:
+        out (B, Nq, H, Dv), lse (B, H, Nq), and the tangents of both, (n, B, Nq, H, Dv) and (n, B, H, Nq); dtypes as
+        those of :func:`anchor_attention`.
+
+    Raises:
+        RuntimeError: If a shape, dtype, device, stride or range does not fit; the text names the argument and value.
+        ValueError: If an argument is of another type.
+    """
+    tangents = (q_tangents, k_tangents, v_tangents)
+    names = ("q_tangents", "k_tangents", "v_tangents")
+    _check_types(table, q=q, k=k, v=v, **dict(zip(names, tangents, strict=True)), key_mask=key_mask)
+    q, k, v = _autocast(q, k, v)
+    q_tangents, k_tangents, v_tangents = (None if tangent is None else _autocast(tangent)[0] for tangent in tangents)
+    is_traced = torch.compiler.is_compiling()
+    ranges = table.padded_ranges if is_traced else (table.q_ranges, table.k_offsets, table.k_ranges)
+    if _context.backend == "reference":
+        argument_checks.attention(q, k, v, *ranges, None, key_mask, scale)
+        argument_checks.attention_tangents(q, k, v, q_tangents, k_tangents, v_tangents, stacked=True)
+        tangents = (q_tangents, k_tangents, v_tangents)
+        return _reference_jvp(q, k, v, table, tangents, key_mask=key_mask, scale=scale)
+    call: Callable[..., Any] = torch.ops.anchor_attention.attention_jvp.default if is_traced else ops.attention_jvp
+    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] = call(
+        q, k, v, None, None, q_tangents, k_tangents, v_tangents, *ranges, key_mask, scale
+    )
+    return results
+
+
 def rope(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding: multiplies the interleaved pairs (2i, 2i + 1) of x, as complex numbers, by freqs.
 
@@ -279,6 +342,29 @@ def _checked_reference(
         if k_freqs is not None:
             argument_checks.rope("k", k, k_freqs, "k_freqs")
     return anchor_attention_reference(q, k, v, table, **keywords)
+
+
+def _reference_jvp(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: KeyRangeTable,
+    tangents: tuple[torch.Tensor | None, ...],
+    **keywords: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        out, lse = anchor_attention_reference(q, k, v, table, **keywords, return_lse=True)
+        return out, lse
+
+    out, lse = attend(q, k, v)
+    moved = []
+    for i in range(next(len(tangent) for tangent in tangents if tangent is not None)):
+        pairs = zip((q, k, v), tangents, strict=True)
+        directions = tuple(torch.zeros_like(x) if tangent is None else tangent[i] for x, tangent in pairs)
+        moved.append(torch.func.jvp(attend, (q, k, v), directions)[1])
+    out_tangents, lse_tangents = (torch.stack(parts) for parts in zip(*moved, strict=True))
+    # The jvp of −inf, which does not move, may come out as anything.
+    return out, lse, out_tangents, lse_tangents.masked_fill(lse == -torch.inf, 0.0)
 
 
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -1,22 +1,29 @@
-"""Rules of ``torch.vmap``: the mapped axis becomes part of the batch axis, and one call serves all samples."""
+"""Rules of ``torch.vmap``: the mapped axis becomes part of the batch axis, and one call serves all samples.
+
+Each rule gets the call to make: outside of the dispatcher that is the differentiable function, which the transforms
+around this one see.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+Call = Callable[..., Any]
 Dims = Sequence[Any]
 
 
-def attention(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[torch.Tensor, ...], tuple[int, int]]:
+def attention(call: Call, info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[torch.Tensor, ...], tuple[int, int]]:
     """The rule of ``attention``, with the arguments that ``torch.library.register_vmap`` passes."""
-    q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale, allow_tf32 = _with_defaults(args)
-    q_dim, k_dim, v_dim, *_, freqs_dim, mask_dim, _, _ = _with_defaults(in_dims, dims=True)
+    q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale, allow_tf32 = _with_defaults(
+        args, 6, None, None, None, False
+    )
+    q_dim, k_dim, v_dim, *_, freqs_dim, mask_dim, _, _ = _with_defaults(in_dims, 6, None, None, None, None)
     n = info.batch_size
     q = _fold(q, q_dim, n)
-    out, lse = torch.ops.anchor_attention.attention(
+    out, lse = call(
         q,
         _fold(k, k_dim, n),
         _fold(v, v_dim, n),
@@ -31,7 +38,9 @@ def attention(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[torch.Tensor,
     return (_unfold(out, n), _unfold(lse, n)), (0, 0)
 
 
-def attention_backward(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
+def attention_backward(
+    call: Call, info: Any, in_dims: Dims, *args: Any
+) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
     """The rule of ``attention_backward``: gradients for each sample, also of what the samples share."""
     *tensors, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale, allow_tf32, need_q, need_k, need_v, need_f = args
     n = info.batch_size
@@ -39,7 +48,7 @@ def attention_backward(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[torc
         _fold(tensor, dim, n) for tensor, dim in zip(tensors, in_dims, strict=False)
     )
     freqs_dim, mask_dim = in_dims[10], in_dims[11]
-    grads = torch.ops.anchor_attention.attention_backward(
+    grads = call(
         grad_out,
         grad_lse,
         q,
@@ -66,14 +75,54 @@ def attention_backward(info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[torc
     return tuple(unfolded), tuple(0 if needed else None for needed in needs)
 
 
-def rope(info: Any, in_dims: Dims, x: torch.Tensor, freqs: torch.Tensor) -> tuple[torch.Tensor, int]:
+def attention_jvp(
+    call: Call, info: Any, in_dims: Dims, *args: Any
+) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
+    """The rule of ``attention_jvp``: mapped tangents of what the samples share become more tangents of one call."""
+    q, k, v, out, lse, *rest = _with_defaults(args, 11, None, None)
+    tangents, table, (key_mask, scale) = rest[:3], rest[3:6], rest[6:]
+    dims = _with_defaults(in_dims, 11, None, None)
+    n, tangent_dims, mask_dim = info.batch_size, dims[5:8], dims[11]
+    if all(dim is None for dim in (*dims[:5], mask_dim)):
+        more = [_fold(tangent, dim, n) for tangent, dim in zip(tangents, tangent_dims, strict=True)]
+        results = call(q, k, v, out, lse, *more, *table, key_mask, scale)
+        return (*results[:2], *(_unfold(result, n) for result in results[2:])), (None, None, 0, 0)
+    q, k, v, out, lse = (_fold(tensor, dim, n) for tensor, dim in zip((q, k, v, out, lse), dims, strict=False))
+    if out is not None and lse is not None:
+        out, lse = out.contiguous(), lse.contiguous()
+    folded = [
+        None if tangent is None else _flattened(_mapped_first(tangent, dim, n).transpose(0, 1), 1)
+        for tangent, dim in zip(tangents, tangent_dims, strict=True)
+    ]
+    results = call(q, k, v, out, lse, *folded, *table, _fold(key_mask, mask_dim, n), scale)
+    moved = tuple(result.view(len(result), n, -1, *result.shape[2:]) for result in results[2:])
+    if out is not None:
+        return (*results[:2], *moved), (None, None, 1, 1)
+    return (_unfold(results[0], n), _unfold(results[1], n), *moved), (0, 0, 1, 1)
+
+
+def attention_double_backward(
+    call: Call, info: Any, in_dims: Dims, *args: Any
+) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
+    """The rule of ``attention_double_backward``: results for each sample, also of what the samples share."""
+    n, mask_dim = info.batch_size, in_dims[13]
+    tensors = [_fold(tensor, dim, n) for tensor, dim in zip(args[:10], in_dims, strict=False)]
+    tensors[5:7] = (tensor.contiguous() for tensor in tensors[5:7])
+    results = call(*tensors, *args[10:13], _fold(args[13], mask_dim, n), *args[14:])
+    needs = (True, True, *args[15:18])
+    unfolded = tuple(_unfold(result, n) if need else result for result, need in zip(results, needs, strict=True))
+    return unfolded, tuple(0 if need else None for need in needs)
+
+
+def rope(call: Call, info: Any, in_dims: Dims, x: torch.Tensor, freqs: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The rule of ``rope``."""
     n = info.batch_size
     x = _fold(x, in_dims[0], n)
-    return _unfold(torch.ops.anchor_attention.rope(x, _fold_freqs(freqs, in_dims[1], n, x.shape[0])), n), 0
+    return _unfold(call(x, _fold_freqs(freqs, in_dims[1], n, x.shape[0])), n), 0
 
 
 def rope_backward(
+    call: Call,
     info: Any,
     in_dims: Dims,
     grad_out: torch.Tensor,
@@ -86,9 +135,7 @@ def rope_backward(
     n = info.batch_size
     grad_out = _fold(grad_out, in_dims[0], n)
     folded_freqs = _fold_freqs(freqs, in_dims[2], n, grad_out.shape[0], separate=need_freqs)
-    grad_x, grad_freqs = torch.ops.anchor_attention.rope_backward(
-        grad_out, _fold(x, in_dims[1], n), folded_freqs, need_x, need_freqs
-    )
+    grad_x, grad_freqs = call(grad_out, _fold(x, in_dims[1], n), folded_freqs, need_x, need_freqs)
     if need_x:
         grad_x = _unfold(grad_x, n)
     if need_freqs:
@@ -96,10 +143,9 @@ def rope_backward(
     return (grad_x, grad_freqs), (0 if need_x else None, 0 if need_freqs else None)
 
 
-def _with_defaults(args: Sequence[Any], dims: bool = False) -> Sequence[Any]:
-    # The dispatcher leaves out trailing arguments that have their default.
-    defaults = (None, None, None, None if dims else False)
-    return (*args, *defaults[len(args) - 6 :])
+def _with_defaults(args: Sequence[Any], n_required: int, *defaults: Any) -> Sequence[Any]:
+    """The arguments, the last of which have defaults: the dispatcher leaves those out."""
+    return (*args, *defaults[len(args) - n_required :])
 
 
 def _fold(tensor: Any, dim: int | None, n: int) -> Any:
@@ -113,8 +159,8 @@ def _mapped_first(tensor: torch.Tensor, dim: int | None, n: int) -> torch.Tensor
     return tensor.expand(n, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def _flattened(mapped: torch.Tensor) -> torch.Tensor:
-    folded = mapped.flatten(0, 1)
+def _flattened(mapped: torch.Tensor, axis: int = 0) -> torch.Tensor:
+    folded = mapped.flatten(axis, axis + 1)
     # The axis that was mapped can have been the last one of memory, which the operations want contiguous.
     return folded if folded.stride(-1) == 1 else folded.contiguous()
 

@@ -16,6 +16,7 @@ SETS = cpu_instruction_sets()
 CASES = (
     "tests/ops/test_attention.py",
     "tests/ops/test_head_sizes.py",
+    "tests/ops/test_derivatives.py",
     "tests/cpu/test_cpu_attention.py",
     "tests/cpu/test_edge_shapes.py",
 )

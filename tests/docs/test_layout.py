@@ -62,6 +62,8 @@ def test_every_operation_is_documented_by_its_schema() -> None:
     assert names == {
         "attention",
         "attention_backward",
+        "attention_jvp",
+        "attention_double_backward",
         "rope",
         "rope_backward",
         "canonical_key_ranges",

@@ -73,6 +73,56 @@ void fail(const char* text) {
   std::exit(1);
 }
 
+// Tangents and second derivatives, along directions some of which are zero, with the value known and not.
+template <typename Values, typename MakeStrides>
+void drive_derivatives(AttentionParams p, const Values& values, const std::vector<char>& grad_out,
+                       const MakeStrides& strides, const cpu::Executor& executor) {
+  p.q_freqs = nullptr;
+  cpu::attention(p, executor, false);
+  const int64_t n = random_between(1, 10), working = p.dtype == ScalarType::float64 ? 8 : 4;
+  const auto of_q = values(n * p.n_queries, p.heads * p.head_dim);
+  const auto of_k = values(n * p.n_keys, p.kv_heads * p.head_dim);
+  const auto of_v = values(n * p.n_keys, p.kv_heads * p.value_dim);
+  const auto tangents = [&](const std::vector<char>& data, int64_t tokens, int64_t heads, int64_t dim) {
+    const bool moves = random_between(0, 2) > 0;
+    return Tangents{moves ? data.data() : nullptr, p.batch * tokens * heads * dim, strides(tokens, heads, dim)};
+  };
+  std::vector<char> out_tangents(n * grad_out.size()), lse_tangents(n * p.batch * p.heads * p.n_queries * working);
+  AttentionJvpParams j{};
+  j.forward = p;
+  j.knows_value = random_between(0, 1);
+  j.n_tangents = n;
+  j.q_tangents = tangents(of_q, p.n_queries, p.heads, p.head_dim);
+  j.k_tangents = tangents(of_k, p.n_keys, p.kv_heads, p.head_dim);
+  j.v_tangents = tangents(of_v, p.n_keys, p.kv_heads, p.value_dim);
+  j.out_tangents = out_tangents.data();
+  j.lse_tangents = lse_tangents.data();
+  cpu::attention_jvp(j, executor);
+
+  std::vector<char> first[3];
+  for (int repeat = 0; repeat < 2; ++repeat) {
+    std::vector<char> grads[3] = {std::vector<char>(of_q.size() / n), std::vector<char>(of_k.size() / n),
+                                  std::vector<char>(of_v.size() / n)};
+    AttentionDoubleBackwardParams d{};
+    d.backward.forward = p;
+    d.backward.grad_out = grad_out.data();
+    d.backward.grad_out_strides = strides(p.n_queries, p.heads, p.value_dim);
+    d.backward.grad_q = grads[0].data();
+    d.backward.grad_k = grads[1].data();
+    d.backward.grad_v = grads[2].data();
+    d.q_tangent = j.q_tangents;
+    d.k_tangent = j.k_tangents;
+    d.v_tangent = j.v_tangents;
+    d.out_tangent = out_tangents.data();
+    d.lse_tangent = lse_tangents.data();
+    cpu::attention_double_backward(d, executor);
+    for (int i = 0; i < 3; ++i) {
+      if (repeat == 1 && grads[i] != first[i]) fail("second derivatives differ between two runs");
+      first[i] = grads[i];
+    }
+  }
+}
+
 void drive(ScalarType dtype) {
   const int64_t batch = random_between(1, 2), heads = random_between(1, 3), head_dim = 8 * random_between(1, 10);
   // Few queries with many keys are split over the keys.
@@ -144,6 +194,8 @@ void drive(ScalarType dtype) {
       first[i] = grads[i];
     }
   }
+
+  drive_derivatives(p, values, grad_out, strides, executor);
 
   // A call that is cancelled before its first piece of work writes nothing; one that is cancelled on the way returns.
   std::atomic<int64_t> polls{0};

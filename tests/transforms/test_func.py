@@ -288,22 +288,6 @@ def test_vmap_of_queries_against_a_cache() -> None:
         torch.testing.assert_close(vmap(both)(every_x, queries), loop(both, (0, 0), (every_x, queries)), **TOLERANCE)
 
 
-def test_forward_mode_is_refused() -> None:
-    q, k, v = (random(1, n, 1, 4) for n in (5, 3, 3))
-    table = KeyRangeTable([0, 3], [0, 1], [0, 3])
-    with pytest.raises(RuntimeError, match="jvp"):
-        torch.func.jvp(lambda q: anchor_attention(q, k, v, table), (q,), (q,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
-        anchor_attention(torch.autograd.forward_ad.make_dual(q, q), k, v, table)
-
-
-def test_second_derivatives_are_refused_by_name() -> None:
-    q, k, v = (random(1, n, 1, 4) for n in (5, 3, 3))
-    table = KeyRangeTable([0, 3], [0, 1], [0, 3])
-    with pytest.raises(RuntimeError, match="anchor_attention::attention_backward has no second derivative"):
-        grad(lambda q: grad(lambda q: anchor_attention(q, k, v, table).sum())(q).sum())(q)
-
-
 def test_the_reference_has_derivatives_of_every_order_in_every_mode() -> None:
     """Held against each other, and without NaN where a row has no key: no group, no keys, all masked."""
     q, k, v = (random(2, n, 2, 4) for n in (11, 7, 7))

@@ -43,7 +43,7 @@ class Forward {
       : p_(params),
         executor_(executor),
         kernels_(suitable_products(params, allow_split_float32)),
-        schedule_(params, kernels_),
+        schedule_(params, kernels_.packing),
         row_bytes_(schedule_.packed_row_bytes()),
         threads_(schedule_.threads(executor, 4)),
         planes_(schedule_.all_planes()),
@@ -67,7 +67,7 @@ class Forward {
     if (!packs_per_tile_) {
       k_rows_ = allocate(schedule_.n_rows(planes_) * row_bytes_.k);
       v_stack_ = allocate(schedule_.n_rows(planes_) * row_bytes_.v);
-      pack(p_, schedule_, planes_, kernels_, executor_, threads_,
+      pack(p_, schedule_, planes_, kernels_.packing, executor_, threads_,
            {{p_.k, p_.k_strides, p_.head_dim, PackedLayout::rows, k_rows_.get(), row_bytes_.k},
             {p_.v, p_.v_strides, p_.value_dim, PackedLayout::stack, v_stack_.get(), row_bytes_.v}});
     }
@@ -163,7 +163,7 @@ class Forward {
 
   // Packs as many keys as the cache holds besides the tile, lets the tile go over them, and so on.
   void run_in_pieces(ForwardTile task, const std::vector<int32_t>& ranges, char* packed) const {
-    const int64_t alignment = kernels_.key_alignment(p_.dtype);
+    const int64_t alignment = kernels_.packing.key_alignment(p_.dtype);
     const int64_t kv_head = task.head / p_.heads_per_kv_head();
     const int32_t* source = schedule_.keys(task.batch).source.data();
     char* const v_packed = packed + piece_rows_ * row_bytes_.k;
@@ -181,9 +181,9 @@ class Forward {
       rows = 0;
     };
     const auto pack_piece = [&](const PackedTensor& tensor, int64_t key, int64_t n) {
-      kernels_.pack_rows({head_start(tensor.source, tensor.strides, task.batch, kv_head, p_.dtype),
-                          tensor.strides.token, source + key, n, tensor.head_dim, p_.dtype, tensor.layout,
-                          tensor.packed + rows * tensor.row_bytes});
+      kernels_.packing.pack_rows({head_start(tensor.source, tensor.strides, task.batch, kv_head, p_.dtype),
+                                  tensor.strides.token, source + key, n, tensor.head_dim, p_.dtype, tensor.layout,
+                                  tensor.packed + rows * tensor.row_bytes});
     };
     for (size_t r = 0; r < ranges.size(); r += 2) {
       for (int64_t key = ranges[r]; key < ranges[r + 1];) {

@@ -22,6 +22,9 @@ struct Executor {
 // `allow_split_float32`: products of float32 may be formed from those of bfloat16 parts, where that is faster.
 void attention(const AttentionParams& params, const Executor& executor, bool allow_split_float32);
 void attention_backward(const AttentionBackwardParams& params, const Executor& executor, bool allow_split_float32);
+// The tangents of out and lse; also out and lse, unless they are known.
+void attention_jvp(const AttentionJvpParams& params, const Executor& executor);
+void attention_double_backward(const AttentionDoubleBackwardParams& params, const Executor& executor);
 void rope(const RopeParams& params, const Executor& executor);
 void rope_backward(const RopeBackwardParams& params, const Executor& executor);
 

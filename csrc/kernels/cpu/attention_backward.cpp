@@ -11,8 +11,6 @@
 namespace anchor_attention::cpu {
 namespace {
 
-constexpr double kOperationsPerScore = 10;
-
 // Splits the tiles into `n` runs of about equal work: n + 1 bounds.
 std::vector<int64_t> split_tiles(const std::vector<Tile>& tiles, int64_t n) {
   double total = 0;
@@ -58,10 +56,20 @@ bool reads_any(const KeyRangeTableView& table, int32_t group, int32_t key_begin,
   return false;
 }
 
+// What a call does with a tile, of the first derivative or of the second one.
+struct Steps {
+  const Packing& packing;
+  int64_t tile_queries;
+  int64_t scratch_bytes;
+  double operations_per_score;
+  const ProductKernels* products;               // of the first derivative
+  const AttentionDoubleBackwardParams* second;  // null: the first derivative
+};
+
 // The heads are worked on one after the other, so that packed keys and sums exist for one of them at a time; or in
 // groups of as many as it takes to keep the threads busy between two barriers, of which there are as many as threads.
 // The last group's end is the last bound.
-std::vector<int64_t> group_planes(const AttentionParams& p, const Schedule& schedule, int64_t tile_queries,
+std::vector<int64_t> group_planes(const AttentionParams& p, const Schedule& schedule, const Steps& steps,
                                   int64_t threads) {
   constexpr double kMinOperations = 5e7;  // of a thread between two barriers: some tenths of a millisecond
   constexpr double kMinTiles = 8;         // of a thread: a tile more or less is then a small difference
@@ -71,8 +79,8 @@ std::vector<int64_t> group_planes(const AttentionParams& p, const Schedule& sche
   std::vector<int64_t> bounds{all.begin};
   double operations = 0, tiles = 0;
   for (int64_t plane = all.begin; plane + 1 < all.end; ++plane) {
-    operations += schedule.operations({plane, plane + 1}, kOperationsPerScore);
-    tiles += static_cast<double>(p.n_queries * p.heads_per_kv_head()) / static_cast<double>(tile_queries);
+    operations += schedule.operations({plane, plane + 1}, steps.operations_per_score);
+    tiles += static_cast<double>(p.n_queries * p.heads_per_kv_head()) / static_cast<double>(steps.tile_queries);
     if (threads > 1 && (operations < min_operations || tiles < min_tiles)) continue;
     bounds.push_back(plane + 1);
     operations = tiles = 0;
@@ -84,17 +92,17 @@ std::vector<int64_t> group_planes(const AttentionParams& p, const Schedule& sche
 // One call of the backward: its buffers, and its steps for a group of planes.
 class Backward {
  public:
-  Backward(const AttentionBackwardParams& params, const Executor& executor, bool allow_split_float32)
+  Backward(const AttentionBackwardParams& params, const Executor& executor, const Steps& steps)
       : params_(params),
         p_(params.forward),
         executor_(executor),
         vector_kernels_(selected_kernels()),
-        kernels_(suitable_products(p_, allow_split_float32)),
-        schedule_(p_, kernels_),
-        threads_(schedule_.threads(executor, kOperationsPerScore)),
+        steps_(steps),
+        schedule_(p_, steps.packing),
+        threads_(schedule_.threads(executor, steps.operations_per_score)),
         row_bytes_(schedule_.packed_row_bytes()),
         sum_bytes_(schedule_.sum_row_bytes()),
-        scratch_bytes_(kernels_.backward_scratch_bytes(p_)),
+        scratch_bytes_(steps.scratch_bytes),
         scratch_(allocate(threads_ * scratch_bytes_)),
         wants_grad_q_(params.grad_q != nullptr || params.grad_q_freqs != nullptr),
         sums_in_place_(params.grad_q != nullptr &&
@@ -105,7 +113,7 @@ class Backward {
   }
 
   void run() {
-    const std::vector<int64_t> bounds = group_planes(p_, schedule_, kernels_.backward_tile_queries(p_.dtype), threads_);
+    const std::vector<int64_t> bounds = group_planes(p_, schedule_, steps_, threads_);
     for (size_t i = 0; i + 1 < bounds.size() && !executor_.stops(); ++i) {
       planes_ = {bounds[i], bounds[i + 1]};
       begin_group();
@@ -150,13 +158,21 @@ class Backward {
     reserve(v_rows_, n_rows * row_bytes_.v);
     const PackedTensor k{p_.k, p_.k_strides, p_.head_dim, PackedLayout::rows, k_rows_.get(), row_bytes_.k};
     const PackedTensor v{p_.v, p_.v_strides, p_.value_dim, PackedLayout::rows, v_rows_.get(), row_bytes_.v};
+    std::vector<PackedTensor> tensors{k, v};
     if (schedule_.has_stacks()) {
       reserve(k_stack_, n_rows * row_bytes_.k);
-      const PackedTensor stacked_k{p_.k, p_.k_strides, p_.head_dim, PackedLayout::stack, k_stack_.get(), row_bytes_.k};
-      pack(p_, schedule_, planes_, kernels_, executor_, threads_, {k, v, stacked_k});
-    } else {
-      pack(p_, schedule_, planes_, kernels_, executor_, threads_, {k, v});
+      tensors.push_back({p_.k, p_.k_strides, p_.head_dim, PackedLayout::stack, k_stack_.get(), row_bytes_.k});
     }
+    const auto add_tangent = [&](const Tangents& tangent, int64_t head_dim, Buffer& rows, int64_t bytes) {
+      if (tangent.data == nullptr) return;
+      reserve(rows, n_rows * bytes);
+      tensors.push_back({tangent.data, tangent.strides, head_dim, PackedLayout::rows, rows.get(), bytes});
+    };
+    if (steps_.second != nullptr) {
+      add_tangent(steps_.second->k_tangent, p_.head_dim, k_tangent_rows_, row_bytes_.k);
+      add_tangent(steps_.second->v_tangent, p_.value_dim, v_tangent_rows_, row_bytes_.v);
+    }
+    pack(p_, schedule_, planes_, steps_.packing, executor_, threads_, tensors);
     const auto begin_sums = [&](const void* gradient, Buffer& rows, int64_t bytes) {
       if (gradient == nullptr) return;
       reserve(rows, bytes);
@@ -171,7 +187,7 @@ class Backward {
     } else if (wants_grad_q_ && planes_.begin == 0) {
       std::memset(params_.grad_q, 0, p_.batch * p_.n_queries * p_.heads * p_.head_dim * working_size(p_.dtype));
     }
-    tiles_ = schedule_.tiles(planes_, kernels_.backward_tile_queries(p_.dtype), /*with_gaps=*/false);
+    tiles_ = schedule_.tiles(planes_, steps_.tile_queries, /*with_gaps=*/false);
     tile_bounds_ = split_tiles(tiles_, threads_);
   }
 
@@ -194,7 +210,7 @@ class Backward {
   // Every thread owns a slice of the keys, which all tiles meet. Each has sums of grad_q of its own, which are added in
   // the order of the slices.
   void run_slices() {
-    const int64_t tile_rows = kernels_.backward_tile_queries(p_.dtype);
+    const int64_t tile_rows = steps_.tile_queries;
     const int64_t tile_bytes = tile_rows * p_.head_dim * working_size(p_.dtype);
     const auto n_tiles = static_cast<int64_t>(tiles_.size());
     const int64_t bytes = wants_grad_q_ ? threads_ * n_tiles * tile_bytes : 0;
@@ -291,7 +307,7 @@ class Backward {
     const KeyRangeTableView table = schedule_.keys(tile.batch).table.view();
     if (!reads_any(table, tile.group, slice.begin, slice.end)) return;
     const int64_t row = schedule_.first_row(planes_, tile.batch, tile.head);
-    kernels_.backward_tile({
+    const BackwardTile task{
         .params = &params_,
         .batch = tile.batch,
         .head = tile.head,
@@ -309,7 +325,14 @@ class Backward {
         .grad_k_rows = grad_k == nullptr ? nullptr : grad_k + row * sum_bytes_.k,
         .grad_v_rows = grad_v == nullptr ? nullptr : grad_v + row * sum_bytes_.v,
         .scratch = scratch_.get() + thread * scratch_bytes_,
-    });
+    };
+    if (steps_.second == nullptr) {
+      steps_.products->backward_tile(task);
+      return;
+    }
+    const auto rows_of = [&](const Buffer& rows, int64_t bytes) { return rows ? rows.get() + row * bytes : nullptr; };
+    vector_kernels_.derivatives.double_backward_tile(
+        {task, steps_.second, rows_of(k_tangent_rows_, row_bytes_.k), rows_of(v_tangent_rows_, row_bytes_.v)});
   }
 
   // The packed row of every token of a batch element, below 0 where it has none.
@@ -382,7 +405,7 @@ class Backward {
   const AttentionParams& p_;
   const Executor& executor_;
   const Kernels& vector_kernels_;
-  const ProductKernels& kernels_;
+  const Steps steps_;
   const Schedule schedule_;
   const int64_t threads_;
   const RowBytes row_bytes_;
@@ -397,13 +420,34 @@ class Backward {
   Planes planes_{};
   std::vector<Tile> tiles_;
   std::vector<int64_t> tile_bounds_;
-  Buffer k_rows_, v_rows_, k_stack_, grad_k_rows_, grad_v_rows_, grad_q_;
+  Buffer k_rows_, v_rows_, k_stack_, k_tangent_rows_, v_tangent_rows_, grad_k_rows_, grad_v_rows_, grad_q_;
 };
 
 }  // namespace
 
 void attention_backward(const AttentionBackwardParams& params, const Executor& executor, bool allow_split_float32) {
-  Backward(params, executor, allow_split_float32).run();
+  const ProductKernels& products = suitable_products(params.forward, allow_split_float32);
+  Backward(params, executor,
+           {.packing = products.packing,
+            .tile_queries = products.backward_tile_queries(params.forward.dtype),
+            .scratch_bytes = products.backward_scratch_bytes(params.forward),
+            .operations_per_score = 10,
+            .products = &products,
+            .second = nullptr})
+      .run();
+}
+
+void attention_double_backward(const AttentionDoubleBackwardParams& params, const Executor& executor) {
+  const DerivativeKernels& kernels = selected_kernels().derivatives;
+  const AttentionParams& p = params.backward.forward;
+  Backward(params.backward, executor,
+           {.packing = kernels.packing,
+            .tile_queries = kernels.tile_queries(p.dtype),
+            .scratch_bytes = kernels.double_backward_scratch_bytes(p),
+            .operations_per_score = 20,
+            .products = nullptr,
+            .second = &params})
+      .run();
 }
 
 }  // namespace anchor_attention::cpu

@@ -83,6 +83,35 @@ struct BackwardTile {
   void* scratch;          // backward_scratch_bytes
 };
 
+// Values and tangents of a tile: `n_tangents` of them, which share scores and probabilities. Keys and values are packed
+// in the working type; those of a tangent lie one tensor of all heads behind the other.
+struct JvpTile {
+  const AttentionJvpParams* params;
+  int64_t batch;
+  int64_t head;
+  int64_t q_begin;
+  int64_t n_queries;
+  int64_t first_tangent;
+  int64_t n_tangents;
+  const void* k_rows;          // [packed keys, padded head_dim]
+  const void* v_rows;          // [packed keys, padded value_dim]
+  const void* k_tangent_rows;  // [n_tangents, ·, padded head_dim] of the first tangent, may be null
+  const void* v_tangent_rows;  // [n_tangents, ·, padded value_dim] likewise
+  int64_t tangent_rows;        // rows from one tangent's to the next one's
+  const int32_t* key_ranges;   // [n_key_ranges, 2] over packed keys
+  int64_t n_key_ranges;
+  void* scratch;  // jvp_scratch_bytes
+};
+
+// As BackwardTile, whose gradients are those of <grad_out, tangent of out> + <grad_lse, tangent of lse> here, and whose
+// rows are of the working type.
+struct DoubleBackwardTile {
+  BackwardTile tile;
+  const AttentionDoubleBackwardParams* params;
+  const void* k_tangent_rows;  // [packed keys, padded head_dim], may be null
+  const void* v_tangent_rows;  // [packed keys, padded value_dim], may be null
+};
+
 // Turns the sums of grad_q in the working type into gradients of the unrotated q, and of its rotary factors.
 // A factor that several heads share, or several batch elements, takes its gradient from all of them: its first call
 // must be that of head 0, and of batch element 0.
@@ -109,24 +138,40 @@ struct RopeBackwardTokens {
   int64_t token_end;
 };
 
-// The steps that multiply matrices: each set of them chooses the layout of its packed operands.
-struct ProductKernels {
-  int64_t (*forward_tile_queries)(const AttentionParams&);
-  int64_t (*backward_tile_queries)(ScalarType dtype);
+// How keys and values lie in memory for the products, and the sums of their gradients.
+struct Packing {
   int64_t (*key_alignment)(ScalarType dtype);  // elements of the summed axis in one operand
   int64_t (*packed_row_bytes)(int64_t head_dim, ScalarType dtype);
   int64_t (*sum_row_bytes)(int64_t head_dim, ScalarType dtype);
+  void (*pack_rows)(const PackRows&);
+};
+
+// The steps that multiply matrices: each set of them chooses the layout of its packed operands.
+struct ProductKernels {
+  Packing packing;
+  int64_t (*forward_tile_queries)(const AttentionParams&);
+  int64_t (*backward_tile_queries)(ScalarType dtype);
   int64_t (*forward_scratch_bytes)(const AttentionParams&);
   int64_t (*backward_scratch_bytes)(const AttentionParams&);
-  void (*pack_rows)(const PackRows&);
   void (*forward_tile)(const ForwardTile&);
   void (*backward_tile)(const BackwardTile&);
+};
+
+// Forward derivatives and second derivatives. Their operands are elements of the working type, whatever the dtype.
+struct DerivativeKernels {
+  Packing packing;
+  int64_t (*tile_queries)(ScalarType dtype);
+  int64_t (*jvp_scratch_bytes)(const AttentionJvpParams&);
+  int64_t (*double_backward_scratch_bytes)(const AttentionParams&);
+  void (*jvp_tile)(const JvpTile&);
+  void (*double_backward_tile)(const DoubleBackwardTile&);
 };
 
 // The steps of a set of vector instructions, for every type.
 struct Kernels {
   const char* name;
   ProductKernels products;
+  DerivativeKernels derivatives;
   void (*unpack_rows)(const UnpackRows&);
   void (*finish_grad_q)(const FinishGradQ&);
   void (*rope)(const RopeTokens&);

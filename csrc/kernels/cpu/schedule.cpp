@@ -42,19 +42,19 @@ Buffer allocate(int64_t bytes) {
 const ProductKernels& suitable_products(const AttentionParams& p, bool allow_split_float32) {
   const ProductKernels& products = selected_products(p.dtype, allow_split_float32);
   const ProductKernels& vectors = selected_kernels().products;
-  const int64_t alignment = products.key_alignment(p.dtype);
-  if (alignment <= vectors.key_alignment(p.dtype)) return products;
+  const int64_t alignment = products.packing.key_alignment(p.dtype);
+  if (alignment <= vectors.packing.key_alignment(p.dtype)) return products;
   int64_t n_keys = 0;
   for (const KeyReaders& readers : count_readers(p.table)) n_keys += readers.end - readers.begin;
   constexpr int64_t kMaxPadding = 4, kAnyPadding = 4096;
   return alignment * p.table.n_ranges > kMaxPadding * n_keys + kAnyPadding ? vectors : products;
 }
 
-Schedule::Schedule(const AttentionParams& p, const ProductKernels& kernels)
+Schedule::Schedule(const AttentionParams& p, const Packing& packing)
     : params_(p),
-      alignment_(kernels.key_alignment(p.dtype)),
-      packed_row_bytes_{kernels.packed_row_bytes(p.head_dim, p.dtype), kernels.packed_row_bytes(p.value_dim, p.dtype)},
-      sum_row_bytes_{kernels.sum_row_bytes(p.head_dim, p.dtype), kernels.sum_row_bytes(p.value_dim, p.dtype)} {
+      alignment_(packing.key_alignment(p.dtype)),
+      packed_row_bytes_{packing.packed_row_bytes(p.head_dim, p.dtype), packing.packed_row_bytes(p.value_dim, p.dtype)},
+      sum_row_bytes_{packing.sum_row_bytes(p.head_dim, p.dtype), packing.sum_row_bytes(p.value_dim, p.dtype)} {
   const int64_t n_layouts = p.key_mask == nullptr ? std::min<int64_t>(p.batch, 1) : p.batch;
   for (int64_t b = 0; b < n_layouts; ++b) {
     const bool* mask = p.key_mask == nullptr ? nullptr : p.key_mask + b * p.key_mask_batch_stride;
@@ -110,14 +110,14 @@ void Schedule::append_tiles(int64_t batch, int64_t head, int64_t tile_queries, b
   if (with_gaps) append(kNoGroup, covered, params_.n_queries, kRowsPerFillTask, 0);
 }
 
-void pack(const AttentionParams& p, const Schedule& schedule, Planes planes, const ProductKernels& kernels,
-          const Executor& executor, int64_t threads, std::initializer_list<PackedTensor> tensors) {
+void pack(const AttentionParams& p, const Schedule& schedule, Planes planes, const Packing& packing,
+          const Executor& executor, int64_t threads, const std::vector<PackedTensor>& tensors) {
   const std::vector<RowTask> tasks = row_tasks(
       planes, p.kv_heads, [&](int64_t batch) { return static_cast<int64_t>(schedule.keys(batch).source.size()); });
   for_each_task(executor, threads, static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {
     const RowTask& task = tasks[i];
     for (const PackedTensor& tensor : tensors) {
-      kernels.pack_rows({head_start(tensor.source, tensor.strides, task.batch, task.kv_head, p.dtype),
+      packing.pack_rows({head_start(tensor.source, tensor.strides, task.batch, task.kv_head, p.dtype),
                          tensor.strides.token, schedule.keys(task.batch).source.data() + task.begin,
                          task.end - task.begin, tensor.head_dim, p.dtype, tensor.layout,
                          tensor.packed + (schedule.first_row(planes, task.plane) + task.begin) * tensor.row_bytes});

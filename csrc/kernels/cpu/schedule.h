@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
-#include <initializer_list>
 #include <memory>
 #include <new>
 #include <vector>
@@ -54,7 +53,7 @@ const ProductKernels& suitable_products(const AttentionParams& params, bool allo
 // The layout of one call.
 class Schedule {
  public:
-  Schedule(const AttentionParams& params, const ProductKernels& kernels);
+  Schedule(const AttentionParams& params, const Packing& packing);
 
   // The keys of a batch element that are read and kept, and the table over them.
   const CompactedKeys& keys(int64_t batch) const { return layouts_[layout(batch)]; }
@@ -142,7 +141,7 @@ struct PackedTensor {
   int64_t row_bytes;
 };
 
-void pack(const AttentionParams& params, const Schedule& schedule, Planes planes, const ProductKernels& kernels,
-          const Executor& executor, int64_t threads, std::initializer_list<PackedTensor> tensors);
+void pack(const AttentionParams& params, const Schedule& schedule, Planes planes, const Packing& packing,
+          const Executor& executor, int64_t threads, const std::vector<PackedTensor>& tensors);
 
 }  // namespace anchor_attention::cpu

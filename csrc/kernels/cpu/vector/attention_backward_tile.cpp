@@ -4,11 +4,10 @@
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vector/outer_product.h"
 #include "kernels/cpu/vector/rows.h"
+#include "kernels/cpu/vector/softmax.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 namespace {
-
-constexpr double kLog2E = 1.4426950408889634;
 
 template <typename Operand, typename T = Sum<Operand>>
 struct BackwardScratch {
@@ -124,15 +123,6 @@ struct StoreGradScores {
     }
   }
 };
-
-template <typename T>
-ANCHOR_ATTENTION_INLINE void add_grad_q(const BackwardTile& tile, int64_t padded, const T* rows) {
-  const AttentionParams& f = tile.params->forward;
-  T* grad_q = static_cast<T*>(tile.grad_q);
-  for (int64_t i = 0; i < tile.n_queries; ++i) {
-    for (int64_t d = 0; d < f.head_dim; ++d) grad_q[i * tile.grad_q_stride + d] += rows[i * padded + d];
-  }
-}
 
 template <typename Storage, typename T = Working<Storage>>
 void backward_tile_of(const BackwardTile& tile) {

@@ -28,6 +28,20 @@ ANCHOR_ATTENTION_INLINE void stack_rows(const BFloat16* first, const BFloat16* s
 }
 
 template <typename Storage, typename T = Working<Storage>>
+void pack_working_rows_of(const PackRows& p) {
+  const int64_t padded = round_up_to_lanes<T>(p.head_dim);
+  T* packed = static_cast<T*>(p.packed);
+  for (int64_t i = 0; i < p.n_rows; ++i) {
+    const Storage* row = source_row<Storage>(p, i);
+    if (row == nullptr) {
+      std::memset(packed + i * padded, 0, padded * sizeof(T));
+    } else {
+      widen_row(row, p.head_dim, padded, packed + i * padded);
+    }
+  }
+}
+
+template <typename Storage, typename T = Working<Storage>>
 void pack_rows_of(const PackRows& p) {
   using Operand = typename OperandOf<Storage>::Type;
   const int64_t padded = round_up_to_lanes<T>(p.head_dim);
@@ -54,15 +68,7 @@ void pack_rows_of(const PackRows& p) {
       }
     }
   } else {
-    T* packed = static_cast<T*>(p.packed);
-    for (int64_t i = 0; i < p.n_rows; ++i) {
-      const Storage* row = source_row<Storage>(p, i);
-      if (row == nullptr) {
-        std::memset(packed + i * padded, 0, padded * sizeof(T));
-      } else {
-        widen_row(row, p.head_dim, padded, packed + i * padded);
-      }
-    }
+    pack_working_rows_of<Storage>(p);
   }
 }
 
@@ -142,6 +148,10 @@ int64_t sum_row_bytes(int64_t head_dim, ScalarType dtype) {
 
 void pack_rows(const PackRows& p) {
   dispatch(p.dtype, [&](auto storage) { pack_rows_of<decltype(storage)>(p); });
+}
+
+void pack_working_rows(const PackRows& p) {
+  dispatch(p.dtype, [&](auto storage) { pack_working_rows_of<decltype(storage)>(p); });
 }
 
 void unpack_rows(const UnpackRows& p) {

@@ -100,16 +100,24 @@ ANCHOR_ATTENTION_INLINE const T* freqs_of(const void* freqs, const FreqsStrides&
   return static_cast<const T*>(freqs) + 2 * (batch * strides.batch + token * strides.token);
 }
 
+// Some tokens of a head as rows [n_tokens, padded] of the working type.
+template <typename Storage, typename T = Working<Storage>>
+ANCHOR_ATTENTION_INLINE void load_rows(const void* tensor, const Strides& strides, int64_t batch, int64_t head,
+                                       int64_t begin, int64_t n_tokens, int64_t n, int64_t padded, T* rows) {
+  for (int64_t i = 0; i < n_tokens; ++i) {
+    widen_row(row_of<Storage>(tensor, strides, batch, begin + i, head), n, padded, rows + i * padded);
+  }
+}
+
 // The queries of a tile as rows [n_queries, padded] of the working type, rotated.
 template <typename Storage, typename T = Working<Storage>>
 ANCHOR_ATTENTION_INLINE void load_queries(const AttentionParams& p, int64_t batch, int64_t head, int64_t q_begin,
                                           int64_t n_queries, int64_t padded, T* rows) {
+  load_rows<Storage>(p.q, p.q_strides, batch, head, q_begin, n_queries, p.head_dim, padded, rows);
+  if (p.q_freqs == nullptr) return;
   for (int64_t i = 0; i < n_queries; ++i) {
     T* row = rows + i * padded;
-    widen_row(row_of<Storage>(p.q, p.q_strides, batch, q_begin + i, head), p.head_dim, padded, row);
-    if (p.q_freqs != nullptr) {
-      rotate_row<Storage>(row, freqs_of<T>(p.q_freqs, p.q_freqs_strides, batch, q_begin + i), p.head_dim, row);
-    }
+    rotate_row<Storage>(row, freqs_of<T>(p.q_freqs, p.q_freqs_strides, batch, q_begin + i), p.head_dim, row);
   }
 }
 
@@ -153,6 +161,16 @@ ANCHOR_ATTENTION_INLINE void load_statistics(const BackwardTile& tile, int64_t c
     const T delta = dot(grad_out_row, out + i * out_stride, f.value_dim);
     tile_delta[i] = delta - (grad_lse == nullptr ? T(0) : grad_lse[i]);
     if (lse[i] != -kInfinity<T>) tile_lse[i] = static_cast<T>(lse[i] * kLog2E);
+  }
+}
+
+// Adds rows [n_queries, padded] to the sums of grad_q.
+template <typename T>
+ANCHOR_ATTENTION_INLINE void add_grad_q(const BackwardTile& tile, int64_t padded, const T* rows) {
+  const AttentionParams& f = tile.params->forward;
+  T* grad_q = static_cast<T*>(tile.grad_q);
+  for (int64_t i = 0; i < tile.n_queries; ++i) {
+    for (int64_t d = 0; d < f.head_dim; ++d) grad_q[i * tile.grad_q_stride + d] += rows[i * padded + d];
   }
 }
 
@@ -203,6 +221,27 @@ ANCHOR_ATTENTION_INLINE void to_panel(const Sum<Operand>* rows, int64_t n_rows, 
         }
         for (int64_t i = n; i < kStrip; ++i) panel[i] = Operand{};
       }
+    }
+  }
+}
+
+// Columns [strips, row_length, strip_columns] → rows [n_rows, padded], each divided by its sum. A sum of 0 says that
+// every score was −inf: the row is 0, as without keys. Writes whole blocks of rows, and padding.
+template <typename T>
+ANCHOR_ATTENTION_INLINE void from_panel(const T* panel, const T* sums, int64_t n_rows, int64_t row_length,
+                                        int64_t padded, T* rows) {
+  constexpr int64_t kStrip = kStripColumns<T>;
+  for (int64_t column = 0; column < n_rows; column += kLanes<T>) {
+    const T* columns = panel + column / kStrip * kStrip * row_length + column % kStrip;
+    const Vector<T> sum = load(sums + column);
+    const Vector<T> inverse = sum == T(0) ? Vector<T>{} : 1 / sum;
+    for (int64_t d = 0; d < padded; d += kLanes<T>) {
+      Vector<T> block[kLanes<T>];
+      for (int i = 0; i < kLanes<T>; ++i) {
+        block[i] = d + i < row_length ? load(columns + (d + i) * kStrip) * inverse : Vector<T>{};
+      }
+      transpose_block<T>(block);
+      for (int i = 0; i < kLanes<T>; ++i) store(rows + (column + i) * padded + d, block[i]);
     }
   }
 }
