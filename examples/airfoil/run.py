@@ -2,6 +2,7 @@
 
     python examples/airfoil/run.py            1,500 steps of training, five minutes at most
     python examples/airfoil/run.py --full     4,500 steps of a larger model, an hour at most
+    torchrun --nproc-per-node 2 examples/airfoil/run.py       every case is spread over two processes
 
 The data set is shipped; ``make_dataset.py`` makes it again. An interrupted training continues where it stopped.
 """
@@ -57,7 +58,8 @@ def train(trainer: Any) -> None:
         print(f"going on at step {trainer.step}, {trainer.done:.0%} done ({trainer.checkpoint})")
     smooth_loss = None
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} % [{elapsed}<{remaining}{postfix}]"
-    with tqdm(total=100.0, initial=100 * trainer.done, desc="training", bar_format=form) as bar:
+    silent = os.environ.get("RANK", "0") != "0"
+    with tqdm(total=100.0, initial=100 * trainer.done, desc="training", bar_format=form, disable=silent) as bar:
         started, first_step = time.monotonic(), trainer.step
         for progress in trainer.run():
             smooth_loss = progress.loss if smooth_loss is None else 0.95 * smooth_loss + 0.05 * progress.loss
@@ -152,6 +154,7 @@ def main() -> None:
     import comparison
     import dataset
     import evaluation
+    import sharded
     import torch
     from common.machine import processor
     from model import ModelConfig
@@ -174,10 +177,15 @@ def main() -> None:
     elif arguments.seconds is not None:
         config = replace(config, seconds=arguments.seconds, steps=None)
     checkpoint = arguments.output / "checkpoint.pt"
-    if arguments.restart:
+    if arguments.restart and os.environ.get("RANK", "0") == "0":
         checkpoint.unlink(missing_ok=True)
+    shared = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
-        trainer = Trainer(seen, model_config, config, checkpoint)
+        if shared:
+            # Clocks of two processes differ: only their steps are the same.
+            trainer: Any = sharded.start(seen, model_config, replace(config, seconds=None), checkpoint)
+        else:
+            trainer = Trainer(seen, model_config, config, checkpoint)
     except ValueError as error:
         sys.exit(f"{error}; --restart forgets it")
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -188,6 +196,8 @@ def main() -> None:
         print(f"\ninterrupted at {trainer.done:.0%}; the same command goes on from there")
         sys.exit(130)
 
+    if shared and not sharded.finish(trainer):
+        return
     torch.set_num_threads(os.cpu_count() or 1)
     errors = evaluation.model_errors(trainer.model, unseen)
     methods = {"model": errors, **evaluation.baseline_errors(seen, unseen)}

@@ -45,18 +45,39 @@ def random_cases(shapes: Shapes, config: TrainingConfig, step: int) -> Cases:
     return dataset.make_cases(shapes, rows, angle, generator, mirrored)
 
 
+def predict(
+    model: training.BranchedModel, cases: Cases, config: TrainingConfig, rank: int = 0, processes: int = 1
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns predictions and targets by branch: pressure, and the velocity that the body adds to the free stream.
+
+    Of several processes each has its share of every group of tokens.
+    """
+
+    def share(points: Tensor) -> Tensor:
+        n = points.shape[1]
+        return points[:, n * rank // processes : n * (rank + 1) // processes]
+
+    counts = {"surface": config.surface_anchors, "volume": config.volume_anchors}
+    anchors = {branch: share(points[:, : counts[branch]]) for branch, points in cases.points.items()}
+    queries = {branch: share(points[:, counts[branch] : 2 * counts[branch]]) for branch, points in cases.points.items()}
+    prediction = model(share(cases.geometry), anchors, queries, flow_condition(cases.angle))
+    target = {
+        branch: torch.cat(
+            (share(values[:, : counts[branch]]), share(values[:, counts[branch] : 2 * counts[branch]])), 1
+        )
+        for branch, values in cases.targets.items()
+    }
+    stream = flow_condition(cases.angle)[:, None]
+    return {
+        "surface": (prediction["surface"], target["surface"]),
+        "volume": (prediction["volume"] - stream, target["volume"] - stream),
+    }
+
+
 def predict_errors(model: training.BranchedModel, cases: Cases, config: TrainingConfig) -> tuple[Tensor, Tensor]:
     """Returns (B,) twice: relative errors of pressure, and of the velocity that the body adds to the free stream."""
-    counts = {"surface": config.surface_anchors, "volume": config.volume_anchors}
-    anchors = {branch: points[:, : counts[branch]] for branch, points in cases.points.items()}
-    queries = {branch: points[:, counts[branch] : 2 * counts[branch]] for branch, points in cases.points.items()}
-    prediction = model(cases.geometry, anchors, queries, flow_condition(cases.angle))
-    target = {branch: values[:, : prediction[branch].shape[1]] for branch, values in cases.targets.items()}
-    stream = flow_condition(cases.angle)[:, None]
-    return (
-        relative_errors(prediction["surface"], target["surface"]),
-        relative_errors(prediction["volume"] - stream, target["volume"] - stream),
-    )
+    results = predict(model, cases, config)
+    return relative_errors(*results["surface"]), relative_errors(*results["volume"])
 
 
 class Trainer(training.Trainer):

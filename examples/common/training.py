@@ -162,13 +162,17 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         errors = self.batch_errors(self.step)
         loss = torch.stack(list(errors.values())).sum()
-        loss.backward()
+        self.differentiate(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
         values = {name: error.item() for name, error in errors.items()}
         return Progress(self.step, share, sum(values.values()) / len(values), values, factor)
+
+    def differentiate(self, loss: Tensor) -> None:
+        """Leaves the gradient of the loss at the parameters."""
+        loss.backward()
 
     def batch_errors(self, step: int) -> dict[str, Tensor]:
         """Returns the errors of a step's batch by quantity, scalars whose sum is the loss."""

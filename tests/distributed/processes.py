@@ -117,7 +117,7 @@ def _serve(rank: int, size: int, timeout: float, folder: str, pipe: Connection) 
 
 
 def bytes_sent() -> int:
-    """Bytes that the sockets of this process have sent so far, as the kernel counts them."""
+    """Bytes that the sockets of this process have sent so far, each once, as the kernel counts them."""
     inodes: dict[str, int] = {}
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -127,9 +127,10 @@ def bytes_sent() -> int:
             with socket(fileno=os.dup(int(name))) as connection:
                 if connection.type != SOCK_STREAM:
                     continue
-                # tcpi_bytes_sent of struct tcp_info.
+                # Of struct tcp_info: tcpi_bytes_sent, and tcpi_bytes_retrans of them.
                 info = connection.getsockopt(IPPROTO_TCP, 11, 256)
-                inodes[target] = struct.unpack_from("Q", info, 200)[0]
+                sent, again = struct.unpack_from("QQ", info, 200)
+                inodes[target] = sent - again
         except OSError:
             continue
     return sum(inodes.values())

@@ -1,0 +1,1 @@
+"""Attention to keys that are spread over processes: what travels, what overlaps, how it scales."""
