@@ -39,7 +39,7 @@ from .patterns import AttentionPattern, TokenSpec  # noqa: E402
 from .reference import anchor_attention_reference, rope_reference  # noqa: E402
 
 if TYPE_CHECKING:
-    from . import converters, streaming
+    from . import converters, physics, streaming
 
 __all__ = [
     "AttentionConfig",
@@ -72,6 +72,7 @@ __all__ = [
     "converters",
     "cpu_instruction_sets",
     "merge_attention",
+    "physics",
     "rope",
     "rope_reference",
     "streaming",
@@ -87,6 +88,6 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> ModuleType:
     """Imports these parts when they are first used: they take a third of the package's import time."""
-    if name in ("converters", "streaming"):
+    if name in ("converters", "physics", "streaming"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

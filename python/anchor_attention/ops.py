@@ -30,11 +30,20 @@ def _has_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def _primals(ctx: Any) -> tuple[torch.Tensor | None, ...]:
+def _saved(ctx: Any) -> tuple[Any, ...]:
+    """What was saved, without wrappers of a level that is gone, as where what ``torch.func.vjp`` returned is called.
+
+    Function.apply takes them off, but is not what records our calls.
+    """
+    unwrap = torch._C._functorch.unwrap_if_dead
+    return tuple(None if tensor is None else unwrap(tensor) for tensor in ctx.saved_tensors)
+
+
+def _primals(ctx: Any) -> tuple[Any, ...]:
     """What was saved, without its tangents: those of a tangent would be a second derivative that nobody asked for."""
     if torch._C._are_functorch_transforms_active():
         # The levels of torch.func separate them.
-        return tuple(ctx.saved_tensors)
+        return _saved(ctx)
     unpack: Any = torch.autograd.forward_ad.unpack_dual
     return tuple(None if tensor is None else unpack(tensor).primal for tensor in ctx.saved_tensors)
 
@@ -70,7 +79,7 @@ def _attention_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[to
 def _attention_backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None) -> Grads:
     if grad_out is None and grad_lse is None:
         return (None,) * 10
-    q, k, v, out, lse, q_freqs, key_mask = ctx.saved_tensors
+    q, k, v, out, lse, q_freqs, key_mask = _saved(ctx)
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     need_q, need_k, need_v, _, _, _, need_q_freqs, _, _, _ = ctx.needs_input_grad
@@ -96,8 +105,7 @@ def _attention_backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch
 
 
 def _attention_tangent(ctx: Any, *input_tangents: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    saved: Any = _primals(ctx)
-    q, k, v, out, lse, q_freqs, key_mask = saved
+    q, k, v, out, lse, q_freqs, key_mask = _primals(ctx)
     q_tangent, k_tangent, v_tangent, _, _, _, freqs_tangent, _, _, _ = input_tangents
     if q_freqs is not None:
         q_tangent = _rotation_tangent(q, q_freqs, q_tangent, freqs_tangent)
@@ -146,7 +154,7 @@ def _attention_double_backward(ctx: Any, *grads: torch.Tensor | None) -> Grads:
     if all(direction is None for direction in directions):
         return (None,) * 18
     needs = tuple(ctx.needs_input_grad[2:5])
-    out_tangent, lse_tangent, *second = _attention_second(ctx, ctx.saved_tensors, *directions, needs=needs)
+    out_tangent, lse_tangent, *second = _attention_second(ctx, _saved(ctx), *directions, needs=needs)
     has_grad_lse = ctx.saved_tensors[1] is not None
     return (out_tangent, lse_tangent if has_grad_lse else None, *_only(tuple(second), needs), *(None,) * 13)
 
@@ -154,7 +162,7 @@ def _attention_double_backward(ctx: Any, *grads: torch.Tensor | None) -> Grads:
 def _attention_backward_tangent(ctx: Any, *input_tangents: Any) -> Grads:
     _refuse_rotation(ctx)
     grad_out_tangent, grad_lse_tangent, *directions = input_tangents[:5]
-    saved: Any = _primals(ctx)
+    saved = _primals(ctx)
     grad_out, _, q, k, v, out, lse, key_mask = saved
     linear: Grads = (None, None, None)
     second: Grads = (None, None, None)
@@ -188,7 +196,7 @@ def _attention_jvp_backward(
     grad_out_tangents: torch.Tensor | None,
     grad_lse_tangents: torch.Tensor | None,
 ) -> Grads:
-    q, k, v, out, lse, *tangents, key_mask = ctx.saved_tensors
+    q, k, v, out, lse, *tangents, key_mask = _saved(ctx)
     needs = tuple(ctx.needs_input_grad[:3])
     tangent_needs = tuple(ctx.needs_input_grad[5:8])
     sums: Grads = (None, None, None)
@@ -245,14 +253,13 @@ def _rope_setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], out
 def _rope_backward(ctx: Any, grad_out: torch.Tensor | None) -> Grads:
     if grad_out is None:
         return None, None
-    x, freqs = ctx.saved_tensors
+    x, freqs = _saved(ctx)
     needs = ctx.needs_input_grad
     return _only(rope_backward(grad_out, x, freqs, *needs), needs)
 
 
 def _rope_tangent(ctx: Any, x_tangent: torch.Tensor | None, freqs_tangent: torch.Tensor | None) -> Any:
-    saved: Any = _primals(ctx)
-    x, freqs = saved
+    x, freqs = _primals(ctx)
     return _rotation_tangent(x, freqs, x_tangent, freqs_tangent)
 
 
@@ -265,7 +272,7 @@ def _rope_backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tupl
 
 # grad_x = grad_out · conj(freqs) and grad_freqs = Σ grad_out · conj(x) are linear in each of their factors.
 def _rope_double_backward(ctx: Any, of_x: torch.Tensor | None, of_freqs: torch.Tensor | None) -> Grads:
-    grad_out, x, freqs = ctx.saved_tensors
+    grad_out, x, freqs = _saved(ctx)
     need_grad_out, need_x, need_freqs = ctx.needs_input_grad[:3]
     of_grad_out = by_x = by_freqs = None
     if need_grad_out and (of_x is not None or of_freqs is not None):
@@ -279,8 +286,7 @@ def _rope_double_backward(ctx: Any, of_x: torch.Tensor | None, of_freqs: torch.T
 
 
 def _rope_backward_tangent(ctx: Any, *input_tangents: Any) -> Grads:
-    saved: Any = _primals(ctx)
-    grad_out, x, freqs = saved
+    grad_out, x, freqs = _primals(ctx)
     grad_out_tangent, x_tangent, freqs_tangent = input_tangents[:3]
     need_x, need_freqs = ctx.needs
     of_x: list[torch.Tensor] = []

@@ -44,7 +44,7 @@ LAYERS = (
     {"reference", "converters"},
     {"functional"},
     {"modules"},
-    {"distributed", "integrations", "streaming", "benchmark", "__init__", "__main__"},
+    {"distributed", "integrations", "physics", "streaming", "benchmark", "__init__", "__main__"},
 )
 
 

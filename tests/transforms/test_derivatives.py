@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
 from anchor_attention import (
@@ -157,6 +157,23 @@ def test_gradient_of_the_tangent_of_a_dual_number() -> None:
     expected = grad(lambda q: jvp(of_q(attend, args), (q,), (along,))[1][0].sin().sum())(args[0])
     torch.testing.assert_close(inside, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(after, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_through_a_finished_vjp() -> None:
+    """What torch.func.vjp returns runs when its level is gone, and outer autograd records it."""
+    args = arguments()
+    cotangent = random(BATCH, QUERIES, HEADS, 3)
+
+    def loss(*tensors: torch.Tensor) -> torch.Tensor:
+        _, pull_back = vjp(lambda q, freqs: attend(q, *tensors[1:3], freqs, tensors[4])[0], tensors[0], tensors[3])
+        return sum(slope.abs().square().sum() for slope in pull_back(cotangent))  # type: ignore[return-value]
+
+    leaves = [arg.clone().requires_grad_() for arg in args]
+    found = torch.autograd.grad(loss(*leaves), leaves)
+    with use_backend("reference"):
+        expected = torch.autograd.grad(loss(*leaves), leaves)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 def test_tangents_that_share_a_point_are_one_call() -> None:
