@@ -78,6 +78,13 @@ def suite(device: str, quick: bool, folder: Path) -> list[Stage]:
             missing="" if device == "cuda" else "the device is no GPU",
             variables={KERNELS_VARIABLE: "sm80"},
         ),
+        # One process for each GPU, at least one, joined by the collectives of GPUs.
+        Stage(
+            "distributed",
+            (*PYTEST, "tests/distributed/test_backends.py", "-k", device),
+            60,
+            decides=True,
+        ),
         *_conformance(device),
     ]
     sanitizer = find("compute-sanitizer") if device == "cuda" else None

@@ -188,7 +188,7 @@ def test_results_of_an_earlier_run_do_not_pass_for_new_ones(tmp_path: Path) -> N
 def test_the_suite_has_every_check_on_either_device(device: str, tmp_path: Path) -> None:
     stages = {stage.name: stage for stage in command_line.suite(device, False, tmp_path)}
     checks = {name for name, stage in stages.items() if stage.decides}
-    tests = {"correctness", "primitives", "instructions"}
+    tests = {"correctness", "distributed", "primitives", "instructions"}
     sizes = {f"small_shapes_{size}" for size in HEAD_DIMS}
     assert checks == {*sizes, "small_shapes_sm80", *tests, "memcheck", "synccheck"} and "racecheck" in stages
     assert {32, 48, 64, 96, 128, 256} <= set(HEAD_DIMS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -179,6 +181,33 @@ def test_autocast(four: Processes, case: str) -> None:
     # As far from float32 as one process is, and rounded to bfloat16 once more by each process.
     for found in four.run(run_autocast, 2, case):
         assert_gradients(found, exact, 2 * error + 2**-8 * scale)
+
+
+def tensor_parallel(_: Any, gathers: bool) -> Any:
+    """Projections are cut beside the tokens: each dimension of the mesh has its own."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("width", "tokens"))
+    outputs = {"output_layouts": Replicate()} if gathers else {}
+    plan = {
+        "blocks.*.attention.mixed_attention.qkv": ColwiseParallel(**outputs),
+        "blocks.*.attention.mixed_attention.proj": RowwiseParallel(input_layouts=Replicate()),
+    }
+    model = parallelize_module(network(KINDS), mesh["width"], plan)
+    parallelize_module(model, mesh["tokens"], {"blocks.*.attention": SequenceParallelAttention()})
+    loss_of(model, mesh["tokens"].get_local_rank()).backward()
+    found = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    for grad in found.values():
+        dist.all_reduce(grad, group=mesh["tokens"].get_group())
+    return found
+
+
+def test_projections_under_tensor_parallelism_beside_spread_tokens(four: Processes) -> None:
+    for found in four.run(tensor_parallel, 4, True):
+        assert_gradients(found, expected(), TOLERANCE)
+
+
+def test_projections_that_leave_their_heads_spread_are_refused(four: Processes) -> None:
+    for outcome in four.outcomes(tensor_parallel, 4, False):
+        assert re.match(r"(Value|Process)Error: .*the projection must be 96 wide, got 48", str(outcome)), outcome
 
 
 def mesh_of_two_dimensions(_: Any) -> None:

@@ -5,6 +5,7 @@ Imported on its own, by ``import anchor_attention.distributed``: it loads ``torc
 
 from .attention import sharded_attention
 from .collectives import ProcessError
+from .dtensors import dtensor_attention
 from .sharded_table import GATHER_LIMIT, KeyShape, ShardedTable
 from .style import SequenceParallelAttention
 
@@ -14,5 +15,6 @@ __all__ = [
     "ProcessError",
     "SequenceParallelAttention",
     "ShardedTable",
+    "dtensor_attention",
     "sharded_attention",
 ]

@@ -98,7 +98,7 @@ class ShardedTable(NamedTuple):
         group = process_group(mesh)
         shape = key_shape(k, v)
         options = f"replicated={replicated}, case={case!r}, gather_limit={gather_limit}"
-        reads = _union([(begin, end) for _, keys in table.entries() for begin, end in keys])
+        reads = union([(begin, end) for _, keys in table.entries() for begin, end in keys])
         numbers = [k.shape[1], int(key_mask is not None), *(bound for run in reads for bound in run)]
         rows = agree(f"{shape} and {options}", numbers, group)
         counts = [row[0] for row in rows]
@@ -108,7 +108,7 @@ class ShardedTable(NamedTuple):
         for rank, row in enumerate(rows):
             if row[-1] > total and len(row) > 2:
                 raise ValueError(f"table of process {rank} reads key {row[-1] - 1}, but the processes hold {total}")
-        every_read = _union([(row[i], row[i + 1]) for row in rows for i in range(2, len(row), 2)])
+        every_read = union([(row[i], row[i + 1]) for row in rows for i in range(2, len(row), 2)])
         return cls.of_counts(
             table,
             counts,
@@ -206,7 +206,8 @@ def key_shape(k: Tensor, v: Tensor) -> KeyShape:
     return KeyShape(k.shape[0], k.shape[2], k.shape[3], v.shape[3], k.dtype)
 
 
-def _union(ranges: Sequence[Slice]) -> list[Slice]:
+def union(ranges: Sequence[Slice]) -> list[Slice]:
+    """Sorts ranges, joins those that touch or overlap, and drops empty ones."""
     joined: list[Slice] = []
     for begin, end in sorted(ranges):
         if begin == end:

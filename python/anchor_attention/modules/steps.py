@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -189,7 +190,16 @@ def read_tokens(tensor: Tensor, plan: AttentionPlan) -> Tensor:
 
 
 def split_heads(projected: Tensor, *sizes: int) -> Tensor:
-    """(B, N, width) -> (B, N, *sizes)."""
+    """(B, N, width) -> (B, N, *sizes).
+
+    Raises:
+        ValueError: If the width is another, as that of a projection that tensor parallelism cuts.
+    """
+    if projected.shape[-1] != math.prod(sizes):
+        raise ValueError(
+            f"the projection must be {math.prod(sizes)} wide, got {projected.shape[-1]}: "
+            "where it is sharded, gather what it returns (ColwiseParallel(output_layouts=Replicate()))"
+        )
     return readable(projected).view(*projected.shape[:2], *sizes)
 
 
