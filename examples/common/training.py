@@ -116,6 +116,7 @@ class Trainer:
         self.checkpoint_seconds = checkpoint_seconds
         self.step = 0
         self.seconds = 0.0
+        self.cpu_seconds = 0.0
         self.signature = {"model": asdict(model.config), "training": asdict(config), "shapes": n_cases}
         self.model = model
         blocks = (self.model.geometry_blocks, self.model.read_geometry, self.model.blocks, self.model.decoders)
@@ -139,6 +140,7 @@ class Trainer:
     def run(self) -> Iterator[Progress]:
         """Trains to the end, one item a step. Whoever stops early leaves a checkpoint behind."""
         started, at_start = time.monotonic(), self.seconds
+        cpu_started, cpu_at_start = time.process_time(), self.cpu_seconds
         written = started
         self.model.train()
         try:
@@ -146,6 +148,7 @@ class Trainer:
                 yield self._train_step()
                 now = time.monotonic()
                 self.seconds = at_start + now - started
+                self.cpu_seconds = cpu_at_start + time.process_time() - cpu_started
                 if now - written > self.checkpoint_seconds:
                     self.save()
                     written = now
@@ -189,6 +192,7 @@ class Trainer:
                 "signature": self.signature,
                 "step": self.step,
                 "seconds": self.seconds,
+                "cpu_seconds": self.cpu_seconds,
                 "model": self.model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             },
@@ -200,7 +204,7 @@ class Trainer:
         state: dict[str, Any] = torch.load(path, weights_only=True)
         if state["signature"] != self.signature:
             raise ValueError(f"checkpoint {path} is of another training: {state['signature']} is not {self.signature}")
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds, self.cpu_seconds = state["step"], state["seconds"], state["cpu_seconds"]
         self.model.load_state_dict(state["model"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)

@@ -42,12 +42,14 @@ class Times:
         features: Turning all points into what the model reads.
         encode: Geometry and anchors.
         decode: All faces and points.
+        decode_cpu: The same in processor time of all threads, which other programs on the machine don't lengthen.
         points: Faces and points that were decoded.
     """
 
     features: float
     encode: float
     decode: float
+    decode_cpu: float
     points: int
 
     @property
@@ -98,7 +100,7 @@ def predict(
         "volume": _some(queries["volume"], setting.volume_anchors, generator),
     }
     cache = streaming.Cache(model.encode(shape, anchors, condition))
-    encoded = time.perf_counter()
+    encoded, encoded_cpu = time.perf_counter(), time.process_time()
     outputs = {branch: torch.empty(len(those), 4) for branch, those in queries.items()}
     # One branch after the other: a call of both would cost each of them the other's pass through the blocks.
     for branch, those in queries.items():
@@ -109,7 +111,7 @@ def predict(
             outputs[branch],
             chunk_size=CHUNK_POINTS,
         )
-    decoded = time.perf_counter()
+    decoded, decoded_cpu = time.perf_counter(), time.process_time()
     turn = geometry.frame.to_tunnel
     at_surface, around = outputs["surface"].numpy(), outputs["volume"].numpy()
     flow = Flow(
@@ -122,8 +124,8 @@ def predict(
         velocity=turn(around[:, :3]).astype(np.float32),
         volume_pressure=around[:, 3],
     )
-    times = Times(featured - begin, encoded - featured, decoded - encoded, len(points) + len(volume_points))
-    return flow, times
+    seconds = featured - begin, encoded - featured, decoded - encoded, decoded_cpu - encoded_cpu
+    return flow, Times(*seconds, points=len(points) + len(volume_points))
 
 
 def predict_case(model: TunnelModel, case: Case, setting: Setting) -> tuple[Flow, Times]:

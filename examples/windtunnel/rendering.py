@@ -63,7 +63,8 @@ def draw_pressure(body: Any, path: Path) -> None:
     plotter = _plotter((2, 3), (1500, 840))
     limits = _limits(body.cell_data["cp"])
     error = float(np.quantile(np.abs(body.cell_data["cp_error"]), 0.99))
-    middle, size = np.array(body.center), body.length
+    # Above the bar of colours.
+    looked_at, size = np.array(body.center) - [0.0, 0.0, 0.04 * body.length], body.length
     for row, direction in enumerate(((-1.0, -1.0, 0.55), (1.0, -1.0, 0.55))):
         for column, (ending, title) in enumerate(COLUMNS):
             plotter.subplot(row, column)
@@ -80,8 +81,12 @@ def draw_pressure(body: Any, path: Path) -> None:
             )
             if row == 0:
                 _write_title(plotter, f"cp, {title}")
-            plotter.camera_position = [tuple(middle + size * np.array(direction)), tuple(middle), (0, 0, 1)]
-            plotter.camera.view_angle = 30
+            plotter.camera_position = [
+                tuple(looked_at + 1.05 * size * np.array(direction)),
+                tuple(looked_at),
+                (0, 0, 1),
+            ]
+            plotter.camera.view_angle = 33
     _save(plotter, path)
 
 
@@ -94,9 +99,9 @@ def draw_slice(cells: Any, speed: float, path: Path) -> None:
         path: The PNG file.
     """
     (x0, x1), (z0, z1) = VIEW
-    around = cells.clip_box((x0, x1, -0.1, 0.1, z0, z1), invert=False, crinkle=True)
     # Values at the corners: those of cells would show the mesh more than the flow.
-    plane = around.cell_data_to_point_data().slice(normal="y", origin=(0.0, 0.001, 0.0))
+    plane = cells.cell_data_to_point_data().slice(normal="y", origin=(0.0, 0.001, 0.0))
+    plane = plane.clip_box((x0, x1, -0.1, 0.1, z0, z1), invert=False)
     plotter = _plotter((3, 1), (1100, 1320))
     for row, (ending, title) in enumerate(COLUMNS):
         plotter.subplot(row, 0)
@@ -116,7 +121,7 @@ def draw_slice(cells: Any, speed: float, path: Path) -> None:
             plotter, "size of the velocity's error / wind" if is_error else f"velocity along the wind, {title}"
         )
         plotter.camera.parallel_projection = True
-        plotter.camera_position = [((x0 + x1) / 2, -5, (z0 + z1) / 2 - 0.01), ((x0 + x1) / 2, 0, (z0 + z1) / 2 - 0.01),
+        plotter.camera_position = [((x0 + x1) / 2, -5, (z0 + z1) / 2 - 0.03), ((x0 + x1) / 2, 0, (z0 + z1) / 2 - 0.03),
                                    (0, 0, 1)]  # fmt: skip
         plotter.camera.parallel_scale = 0.51
     _save(plotter, path)

@@ -21,6 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 REQUIRED = ("torch", "numpy", "scipy", "tqdm", "matplotlib", "PIL", "pyvista", "anchor_attention")
+METHODS = ("model", "nearest", "mean", "neighbours")
 FIELDS = ("pressure", "shear", "velocity", "disturbance")
 
 
@@ -72,7 +73,12 @@ def score_cases(model: Any, seen: list[Any], unseen: list[Any], setting: Any) ->
     rows = []
     for case in tqdm(unseen, desc="unseen bodies", unit="body"):
         predicted, times = prediction.predict_case(model, case, setting)
-        flows = {"model": predicted, "nearest": scoring.nearest(seen, case), "mean": scoring.mean(seen, case)}
+        flows = {
+            "model": predicted,
+            "nearest": scoring.nearest(seen, case),
+            "mean": scoring.mean(seen, case),
+            "neighbours": scoring.neighbours(case),
+        }
         force = reading.force(case.flow, case.frontal_area).tolist()
         rows.append(
             {
@@ -91,7 +97,7 @@ def summaries(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, float
     import scoring
 
     table = {}
-    for method in ("model", "nearest", "mean"):
+    for method in METHODS:
         errors = {name: [row[method][name] for row in rows] for name in FIELDS}
         errors["drag"] = [abs(row[method]["drag_error"]) / row["solved"]["drag"] for row in rows]
         errors["lift"] = [abs(row[method]["lift_error"]) for row in rows]
@@ -123,6 +129,7 @@ def predict_full_mesh(model: Any, stem: Path, body: Any, area: float, setting: A
         "seconds": asdict(times),
         "total_seconds": times.total,
         "points_per_second": times.points_per_second,
+        "points_per_core_second": times.points / times.decode_cpu,
         "files": [output.with_suffix(ending).name for ending in (".vtu", ".vtp")],
     }
 
@@ -141,17 +148,20 @@ def draw_pictures(rows: list[dict[str, Any]], output: Path, speed: float) -> Non
 
 
 def solver_times(folder: Path) -> dict[str, Any]:
-    """Median seconds of OpenFOAM's programs over all stored cases, and how the cases went."""
+    """Median seconds of OpenFOAM's programs over all cases, those of the fastest case, and how the cases went."""
     import make_cases
     import numpy as np
 
-    solutions = []
+    solutions, cells = [], []
     for path in sorted(folder.glob("case_*.npz")):
         metadata, _ = make_cases.load(path)
         solutions.append(metadata["solution"])
+        cells.append(metadata["cells"])
     names = ("mesh_seconds", "solve_seconds", "solve_cpu_seconds", "iterations")
     return {
         **{name: float(np.median([solution[name] for solution in solutions])) for name in names},
+        "fastest_seconds": min(solution["mesh_seconds"] + solution["solve_seconds"] for solution in solutions),
+        "cells": float(np.median(cells)),
         "cases": len(solutions),
         "converged": sum(solution["converged"] for solution in solutions),
         "largest_drag_spread": max(solution["drag_spread"] for solution in solutions),
@@ -211,7 +221,13 @@ def main() -> None:
     metrics: dict[str, Any] = {
         "unseen": summaries(rows),
         "cases": rows,
-        "training": {"steps": trainer.step, "seconds": trainer.seconds, "parameters": parameters, **trainer.signature},
+        "training": {
+            "steps": trainer.step,
+            "seconds": trainer.seconds,
+            "cpu_seconds": trainer.cpu_seconds,
+            "parameters": parameters,
+            **trainer.signature,
+        },
         "openfoam": solver_times(arguments.data),
     }
     full = [case for case in unseen if case.number == make_cases.FULL_CASE]

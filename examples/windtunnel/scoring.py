@@ -112,8 +112,12 @@ def transferred(source: Case, target: Case) -> Flow:
 
 def _mean_of_nearest(places: Array, values: Array, wanted: Array) -> Array:
     distances, rows = cKDTree(places).query(wanted, k=NEIGHBOURS, workers=-1)
+    return _weighted_mean(distances, values[rows])
+
+
+def _weighted_mean(distances: Array, values: Array) -> Array:
     weights = 1 / (distances + 1e-6)
-    return np.asarray((weights[..., None] * values[rows]).sum(axis=1) / weights.sum(axis=1, keepdims=True))
+    return np.asarray((weights[..., None] * values).sum(axis=1) / weights.sum(axis=1, keepdims=True))
 
 
 def nearest(seen: Sequence[Case], target: Case) -> Flow:
@@ -126,6 +130,31 @@ def mean(seen: Sequence[Case], target: Case) -> Flow:
     flows = [transferred(case, target) for case in seen]
     fields = ("pressure", "shear", "velocity", "volume_pressure")
     return replace(target.flow, **{name: np.mean([getattr(flow, name) for flow in flows], axis=0) for name in fields})
+
+
+def neighbours(case: Case) -> Flow:
+    """Guesses every face and point by the nearest others of the same solved case: what its mesh leaves to be known.
+
+    No guess of an unseen body: it shows how rough the solution itself is from one face to the next.
+    """
+    frame = case.geometry.frame
+    places = {
+        "surface": np.concatenate((case.geometry.points, 0.3 * case.geometry.normals), axis=1),
+        "volume": frame.to_body(case.flow.volume_points),
+    }
+    guesses = {}
+    for branch, those in places.items():
+        # The nearest of all is the point itself.
+        distances, rows = cKDTree(those).query(those, k=NEIGHBOURS + 1, workers=-1)
+        guesses[branch] = _weighted_mean(distances[:, 1:], case.targets[branch].numpy()[rows[:, 1:]])
+    surface, volume = guesses["surface"], guesses["volume"]
+    return replace(
+        case.flow,
+        pressure=surface[:, 0],
+        shear=frame.to_tunnel(surface[:, 1:] / sampling.SHEAR_SCALE),
+        velocity=frame.to_tunnel(volume[:, :3]),
+        volume_pressure=volume[:, 3],
+    )
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

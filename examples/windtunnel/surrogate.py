@@ -40,7 +40,7 @@ class TunnelModel(BranchedModel):
             surface_outputs=4,
             volume_outputs=4,
             surface_frequencies=6,
-            volume_frequencies=6,
+            volume_frequencies=5,
             # From a radian in 3 cm, twice a cell at the body, to one in the length of the tunnel.
             rope_wavelength=200.0,
             rope_scale=30.0,
@@ -64,17 +64,20 @@ class TrainingConfig(training.Schedule):
         surface_queries: Points of the body beside its anchors.
         volume_queries: Points around it beside the anchors.
         force_weight: Weight of the error of the force on the points of a sample.
+        scale: Cases are scaled at random by up to so much, see :func:`sampling.scaled_batch`.
     """
 
     seconds: float | None = 480.0
-    steps: int | None = 1200
+    steps: int | None = 2000
     batch_size: int = 2
-    surface_anchors: int = 256
-    volume_anchors: int = 256
-    geometry_points: int = 256
-    surface_queries: int = 512
-    volume_queries: int = 512
+    surface_anchors: int = 128
+    volume_anchors: int = 128
+    geometry_points: int = 128
+    surface_queries: int = 256
+    volume_queries: int = 256
     force_weight: float = 0.5
+    scale: float = 0.07
+    weight_decay: float = 0.05
 
 
 def quantities(surface: Tensor, volume: Tensor, undisturbed: Tensor) -> dict[str, Tensor]:
@@ -133,7 +136,10 @@ class Trainer(training.Trainer):
         }
         rows = rows_of_step(len(self.cases), config, step).tolist()
         generator = generator_of_step(config, step)
-        return sampling.draw([self.cases[row] for row in rows], config.geometry_points, counts, generator)
+        batch = sampling.draw([self.cases[row] for row in rows], config.geometry_points, counts, generator)
+        if not config.scale:
+            return batch
+        return sampling.scaled_batch(batch, 1 + config.scale * (2 * torch.rand(len(rows), generator=generator) - 1))
 
     def batch_errors(self, step: int) -> dict[str, Tensor]:
         """Returns the relative errors of a step's batch, and that of the force, which is relative to its size."""
