@@ -7,6 +7,7 @@ from .attention import sharded_attention
 from .collectives import ProcessError
 from .dtensors import dtensor_attention
 from .sharded_table import GATHER_LIMIT, KeyShape, ShardedTable
+from .streaming import stream_sharded
 from .style import SequenceParallelAttention
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "ShardedTable",
     "dtensor_attention",
     "sharded_attention",
+    "stream_sharded",
 ]
