@@ -20,6 +20,7 @@ A model that knows nothing of caches, made of this package's modules::
 from .cache import Cache, LayerCost
 from .checkpoint import Checkpoint
 from .decoding import StreamReport, stream
+from .derivatives import WithJacobian
 from .memory import chunk_size_for_budget
 from .progress import Progress
 from .recording import record, replay
@@ -30,6 +31,7 @@ __all__ = [
     "LayerCost",
     "Progress",
     "StreamReport",
+    "WithJacobian",
     "chunk_size_for_budget",
     "record",
     "replay",
