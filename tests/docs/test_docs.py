@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import anchor_attention
-from anchor_attention import streaming
+from anchor_attention import distributed, streaming
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -53,6 +53,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     reference = (DOCS / "api.md").read_text()
     names = [f"anchor_attention.{name}" for name in anchor_attention.__all__]
     names += [f"anchor_attention.streaming.{name}" for name in streaming.__all__]
+    names += [f"anchor_attention.distributed.{name}" for name in distributed.__all__]
     missing = [name for name in names if not re.search(rf"{re.escape(name)}\b", reference)]
     assert not missing
 

@@ -57,21 +57,21 @@ def processes_of(group: dist.ProcessGroup) -> Processes:
 
 def gather(local: Tensor, processes: Processes, what: str) -> Tensor:
     """Starts to gather (n, …) of every process into (processes · n, …). The result is to be waited for."""
-    return _started(
+    return _explained(
         lambda: torch.ops._c10d_functional.all_gather_into_tensor(local, processes.size, processes.name), what
     )
 
 
 def scatter_sum(parts: Tensor, processes: Processes, what: str) -> Tensor:
     """Starts to sum (processes · n, …) over the processes, each of which gets its (n, …). To be waited for."""
-    return _started(
+    return _explained(
         lambda: torch.ops._c10d_functional.reduce_scatter_tensor(parts, "sum", processes.size, processes.name), what
     )
 
 
 def sum_all(local: Tensor, processes: Processes, what: str) -> Tensor:
     """Starts to sum a tensor over the processes, each of which gets the sum. To be waited for."""
-    return _started(lambda: torch.ops._c10d_functional.all_reduce(local, "sum", processes.name), what)
+    return _explained(lambda: torch.ops._c10d_functional.all_reduce(local, "sum", processes.name), what)
 
 
 def send_on(block: Tensor, n_received: int, processes: Processes, what: str) -> Tensor:
@@ -79,7 +79,7 @@ def send_on(block: Tensor, n_received: int, processes: Processes, what: str) -> 
     following, before = (processes.rank + 1) % processes.size, (processes.rank - 1) % processes.size
     to = [block.shape[0] if rank == following else 0 for rank in range(processes.size)]
     of = [n_received if rank == before else 0 for rank in range(processes.size)]
-    return _started(lambda: torch.ops._c10d_functional.all_to_all_single(block, of, to, processes.name), what)
+    return _explained(lambda: torch.ops._c10d_functional.all_to_all_single(block, of, to, processes.name), what)
 
 
 def wait(tensor: Tensor, what: str) -> Tensor:
@@ -88,7 +88,7 @@ def wait(tensor: Tensor, what: str) -> Tensor:
     Raises:
         ProcessError: If a process has failed, has ended or did not take part in time; the text says in ``what``.
     """
-    return _started(lambda: torch.ops._c10d_functional.wait_tensor(tensor), what)
+    return _explained(lambda: torch.ops._c10d_functional.wait_tensor(tensor), what)
 
 
 def exchange_numbers(numbers: Sequence[int], group: dist.ProcessGroup) -> list[list[int]]:
@@ -112,7 +112,7 @@ def _device_of_numbers(group: dist.ProcessGroup) -> torch.device:
     return torch.device(types[0], torch.accelerator.current_device_index())
 
 
-def _started(start: Callable[[], Any], what: str) -> Tensor:
+def _explained(start: Callable[[], Any], what: str) -> Tensor:
     if torch.compiler.is_compiling():
         traced: Tensor = start()
         return traced

@@ -61,7 +61,7 @@ class Layouts:
             self._agreed.clear()
         self._called.add(id(module))
         key = description if self.when == "pass" else (description, own)
-        if key in self._agreed and self.when != "call":
+        if key in self._agreed:
             agreed, rows = self._agreed[key]
             if agreed != own:
                 raise ValueError(
@@ -71,7 +71,8 @@ class Layouts:
             return rows
         self.agreements += 1
         rows = tuple(tuple(row) for row in agree(description, list(own), self.group))
-        self._agreed[key] = (own, rows)
+        if self.when != "call":
+            self._agreed[key] = (own, rows)
         return rows
 
     def fail(self, module: nn.Module, error: Exception) -> None:

@@ -14,6 +14,7 @@ from .agreement import agree
 from .collectives import Mesh, Processes, process_group, processes_of
 
 CASES = ("replicated", "gathered", "ring")
+# Bytes of gathered keys and values above which the ring takes over: 1 GiB.
 GATHER_LIMIT = 2**30
 
 
