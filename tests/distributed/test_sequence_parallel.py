@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ from anchor_attention import (
 )
 from anchor_attention.distributed import SequenceParallelAttention
 from anchor_attention.integrations.noether import accelerate
+from anchor_attention.streaming import record, replay
 from tests.distributed.processes import Processes, bytes_sent
 from tests.integrations import noether_lookalikes as lookalikes
 from tests.module_cases import DIM, HEAD_DIM, HEADS, make
@@ -347,3 +350,67 @@ def agreements(mesh: Any, agree: str) -> list[int]:
 def test_sizes_are_agreed_on_once(four: Processes, agree: str, counts: list[int]) -> None:
     # Self, cross and joint attention read the same groups: one agreement serves the four layers.
     assert four.run(agreements, 4, agree) == [counts] * 4
+
+
+def anchors_alone(sizes: Sequence[int]) -> list[TokenSpec]:
+    return [TokenSpec(name, size) for name, size in zip(NAMES, sizes, strict=True) if name.endswith("_anchors")]
+
+
+def rows_by_kind(sizes: Sequence[int], rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of the anchors and those of the queries, of a process."""
+    parts = rows.split(list(sizes))
+    return torch.cat(parts[::2]), torch.cat(parts[1::2])
+
+
+class Unmasked(nn.Module):
+    """A model whose caches are recorded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        kinds = (SelfAnchorAttention, CrossAnchorAttention, JointAnchorAttention)
+        self.blocks = nn.ModuleList(make(kind, use_rope=True) for kind in kinds)
+
+    def forward(self, x: torch.Tensor, token_specs: Sequence[TokenSpec], freqs: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x, token_specs, freqs)
+        return x
+
+
+def recorded(mesh: Any) -> torch.Tensor:
+    model = parallelize_module(Unmasked(), mesh, SequenceParallelAttention())
+    rank = mesh.get_local_rank()
+    sizes, batch = SIZES[rank], Batch(SIZES, 4, False)
+    anchors, queries = rows_by_kind(sizes, rows_of_processes(SIZES)[rank])
+    with torch.no_grad():
+        with record(model) as caches:
+            model(batch.x[:, anchors], anchors_alone(sizes), batch.freqs[:, anchors])
+        with replay(model, caches):
+            specs = [TokenSpec(name, size) for name, size in zip(NAMES[1::2], sizes[1::2], strict=True)]
+            return model(batch.x[:, queries], specs, batch.freqs[:, queries])
+
+
+def test_caches_are_recorded_and_replayed(four: Processes) -> None:
+    batch = Batch(SIZES, 4, False)
+    with torch.no_grad():
+        whole = Unmasked()(batch.x, specs_of([sum(column) for column in zip(*SIZES, strict=True)]), batch.freqs)
+    for sizes, rows, found in zip(SIZES, rows_of_processes(SIZES), four.run(recorded, 4), strict=True):
+        torch.testing.assert_close(found, whole[:, rows_by_kind(sizes, rows)[1]], rtol=0, atol=TOLERANCE)
+
+
+def copied(mesh: Any) -> Any:
+    """A copy shares its keys as well; a state dict is what it was; there are no pickles, as a group has none."""
+    model, plain = parallelize_module(Unmasked(), mesh, SequenceParallelAttention()), Unmasked()
+    copy_of_it = copy.deepcopy(model)
+    rank = mesh.get_local_rank()
+    batch, rows = Batch(SIZES[:2], 4, False), rows_of_processes(SIZES[:2])[rank]
+    results = [each(batch.x[:, rows], specs_of(SIZES[rank]), batch.freqs[:, rows]) for each in (model, copy_of_it)]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert isinstance(model.blocks[0], SelfAnchorAttention)
+    with pytest.raises(pickle.PicklingError):
+        pickle.dumps(model)
+
+
+def test_copies_state_dicts_and_pickles(four: Processes) -> None:
+    four.run(copied, 2)

@@ -40,9 +40,6 @@ class Layouts:
         # A copy of a model runs in the same processes.
         return self
 
-    def __reduce__(self) -> Any:
-        raise TypeError("a module under SequenceParallelAttention can't be pickled: save its state_dict")
-
     def rows(self, module: nn.Module, description: str, numbers: Sequence[int]) -> Rows:
         """Returns the numbers of every process.
 
