@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def _measure(sender: Connection, case: Case, peer: str, threads: int) -> None:
 
 
 def _peak(case: Case, peer: str, threads: int) -> int:
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    map_large_blocks()
     torch.set_num_threads(threads)
     # Code pages, thread stacks and a library's one-time tables are not what a call costs.
     small = make_contest(Case(case.level, shrink(case.workload, 16), case.pattern, case.dtype, case.passes), (peer,))
@@ -68,10 +69,26 @@ def _peak(case: Case, peer: str, threads: int) -> int:
     if contestant is None:
         raise NotSupportedError(contest.not_supported[peer])
     inputs = contest.make_inputs()
+    return peak_of(lambda: contestant(inputs))
+
+
+def map_large_blocks() -> None:
+    """Has every large block of this process mapped on its own from now on: what is freed is then seen to be."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """Bytes of this process at the peak of a call, its results included, above those before.
+
+    Raises:
+        NotSupportedError: If the system does not tell.
+    """
     gc.collect()
+    # What lies free in the heap would serve the call unseen.
+    ctypes.CDLL(None).malloc_trim(0)
     CLEAR_REFS.write_text(RESET_PEAK)
     before = _kibibytes("VmRSS")
-    results = contestant(inputs)
+    results = call()
     peak = _kibibytes("VmHWM")
     del results
     return (peak - before) * 1024
