@@ -46,20 +46,20 @@ set(FLAGS_avx2 -mavx2 -mfma)
 # Pure functions, no CUDA header: which launches a call becomes.
 set(CUDA_PLAN_SOURCES
   csrc/key_ranges.cpp
-  csrc/kernels/cuda/plan.cpp
-  csrc/kernels/cuda/common/plan_detail.cpp
+  csrc/kernels/cuda/plan_attention.cpp
+  csrc/kernels/cuda/common/plan_parts.cpp
   csrc/kernels/cuda/common/plan_rope.cpp
   csrc/kernels/cuda/common/schedule.cpp
-  csrc/kernels/cuda/sm80/plan_attention.cpp
+  csrc/kernels/cuda/sm80/plan_sm80.cpp
   csrc/kernels/cuda/sm90/backward_schedule.cpp
   csrc/kernels/cuda/sm90/plan_backward.cpp
-  csrc/kernels/cuda/sm90/plan_detail.cpp
+  csrc/kernels/cuda/sm90/token_tensor_map.cpp
   csrc/kernels/cuda/sm90/plan_forward.cpp)
 
 # What executes the plans through the driver, and torch's part of it.
 set(CUDA_HOST_SOURCES
   csrc/host/cuda.cpp
-  csrc/kernels/cuda/attention.cpp
+  csrc/kernels/cuda/launch_attention.cpp
   csrc/kernels/cuda/device.cpp
   csrc/kernels/cuda/driver.cpp
   csrc/kernels/cuda/launch.cpp

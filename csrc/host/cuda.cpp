@@ -7,7 +7,7 @@
 
 #include "host/checks.h"
 #include "host/device.h"
-#include "kernels/cuda/attention.h"
+#include "kernels/cuda/launch_attention.h"
 
 // A CPU build of torch does not have it: weak, the one library loads there, too. Bound in a program that links torch's
 // libraries; Python loads them for themselves alone, so that it stays null there.

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/plan.h"
+#include "kernels/cuda/plan_attention.h"
 #include "kernels/cuda/sm80/config.h"
 #include "kernels/cuda/sm90/backward_schedule.h"
 #include "kernels/cuda/sm90/config.h"

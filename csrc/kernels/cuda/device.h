@@ -6,7 +6,7 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "kernels/cuda/common/plan.h"
+#include "kernels/cuda/common/launch_plan.h"
 #include "kernels/cuda/driver.h"
 
 namespace anchor_attention::cuda {

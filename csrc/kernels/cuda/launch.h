@@ -1,7 +1,7 @@
 // Executes plans.
 #pragma once
 
-#include "kernels/cuda/common/plan.h"
+#include "kernels/cuda/common/launch_plan.h"
 #include "kernels/cuda/device.h"
 
 namespace anchor_attention::cuda {

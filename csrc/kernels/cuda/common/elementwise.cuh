@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/common/kernels.h"
 #include "kernels/cuda/common/rows.cuh"
+#include "kernels/cuda/common/shared_kernels.h"
 
 namespace anchor_attention::cuda {
 
@@ -23,7 +23,7 @@ __device__ inline TokenRow token_row(int64_t row, int32_t tokens, int32_t heads)
 }
 
 template <class P>
-__device__ inline const typename P::Storage* row_pointer(const InputTensor& tensor, const TokenRow& row) {
+__device__ inline const typename P::Storage* row_pointer(const TensorView& tensor, const TokenRow& row) {
   return static_cast<const typename P::Storage*>(tensor.data) + row.batch * tensor.strides.batch +
          row.token * tensor.strides.token + row.head * tensor.strides.head;
 }

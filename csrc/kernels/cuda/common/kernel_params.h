@@ -9,7 +9,7 @@
 namespace anchor_attention::cuda {
 
 // A strided [batch, tokens, heads, head_dim] tensor. `vectorised` when every 16-byte chunk of a row is 16-byte aligned.
-struct InputTensor {
+struct TensorView {
   const void* data;
   Strides strides;
   int32_t vectorised;
@@ -42,8 +42,8 @@ struct ScheduleView {
 
 // delta = Σ out · grad_out − grad_lse per row, lse in base 2; zeroes the counters of the key pass on the way.
 struct StatisticsKernelParams {
-  InputTensor out;
-  InputTensor grad_out;
+  TensorView out;
+  TensorView grad_out;
   const float* lse;       // [batch, heads, n_queries]
   const float* grad_lse;  // [batch, heads, n_queries], may be null
   float* row_statistics;  // [batch, heads, n_queries, 2]
@@ -57,7 +57,7 @@ struct StatisticsKernelParams {
 
 // out = x · freqs, or x · conj(freqs).
 struct RopeKernelParams {
-  InputTensor x;
+  TensorView x;
   const float* freqs;
   void* out;  // [batch, tokens, heads, head_dim]
   FreqsStrides freqs_strides;
@@ -70,8 +70,8 @@ struct RopeKernelParams {
 
 // grad_freqs = Σ over heads, and over the batch where freqs are shared by it, of grad_out · conj(x).
 struct RopeFreqsKernelParams {
-  InputTensor x;
-  InputTensor grad_out;
+  TensorView x;
+  TensorView grad_out;
   float* grad_freqs;     // [batch or 1, tokens, head_dim / 2] complex
   int64_t n_pairs;       // of grad_freqs
   int32_t summed_batch;  // batch elements that share a factor

@@ -1,4 +1,4 @@
-#include "kernels/cuda/common/plan_detail.h"
+#include "kernels/cuda/common/plan_parts.h"
 
 namespace anchor_attention::cuda {
 
@@ -21,7 +21,7 @@ void add_rope(Plan& plan, const RopeTask& task, bool conjugate) {
              elementwise_blocks(params.n_rows * (task.head_dim / chunk)), kElementwiseThreads, 0, params);
 }
 
-void add_rope_freqs_gradient(Plan& plan, const RopeTask& task, const InputTensor& grad_out, void* grad_freqs,
+void add_rope_freqs_gradient(Plan& plan, const RopeTask& task, const TensorView& grad_out, void* grad_freqs,
                              bool shared_by_batch) {
   RopeFreqsKernelParams params{};
   params.x = task.x;
@@ -41,7 +41,7 @@ Plan plan_rope(const RopeParams& params) {
   check_output(params.out, "out");
   Plan plan;
   add_rope(plan,
-           {input_tensor(params.x, params.x_strides, params.dtype), params.freqs, params.out, params.freqs_strides,
+           {tensor_view(params.x, params.x_strides, params.dtype), params.freqs, params.out, params.freqs_strides,
             params.batch, params.tokens, params.heads, params.head_dim, params.dtype},
            false);
   return plan;
@@ -50,8 +50,8 @@ Plan plan_rope(const RopeParams& params) {
 Plan plan_rope_backward(const RopeBackwardParams& params) {
   const RopeParams& forward = params.forward;
   check_head_dim(forward.head_dim);
-  const InputTensor grad_out = input_tensor(params.grad_out, params.grad_out_strides, forward.dtype);
-  RopeTask task{input_tensor(forward.x, forward.x_strides, forward.dtype),
+  const TensorView grad_out = tensor_view(params.grad_out, params.grad_out_strides, forward.dtype);
+  RopeTask task{tensor_view(forward.x, forward.x_strides, forward.dtype),
                 forward.freqs,
                 nullptr,
                 forward.freqs_strides,

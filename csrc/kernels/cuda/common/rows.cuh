@@ -9,7 +9,7 @@
 namespace anchor_attention::cuda {
 
 template <class P>
-__device__ inline const typename P::Storage* head_pointer(const InputTensor& tensor, int32_t batch, int32_t head) {
+__device__ inline const typename P::Storage* head_pointer(const TensorView& tensor, int32_t batch, int32_t head) {
   return static_cast<const typename P::Storage*>(tensor.data) + batch * tensor.strides.batch +
          head * tensor.strides.head;
 }

@@ -5,7 +5,7 @@
 
 #include "kernels/cuda/primitives/exp2.cuh"
 #include "kernels/cuda/sm80/fragments.cuh"
-#include "kernels/cuda/sm80/kernels.h"
+#include "kernels/cuda/sm80/kernels_sm80.h"
 #include "kernels/cuda/sm80/tile_io.cuh"
 
 namespace anchor_attention::sm80 {

@@ -234,17 +234,16 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
       const uint32_t step_statistics = s_statistics + (stage * kColumns + step) * 8;
       Accumulators<kRowBlocks, Traits::kStepBlocks> r_scores;
       clear(r_scores);
-      multiply_rows<P, kHeadDim, kStride>(r_scores, s_k + warp_rows, stage_q + lane_b, p.head_dim);
+      qk_gemm<P, kHeadDim, kStride>(r_scores, s_k + warp_rows, stage_q + lane_b, p.head_dim);
       probabilities(r_scores, step_statistics, p.scale_log2);
       if constexpr (kWantsValue)
-        multiply_scores<P, kStride>(r_grad_v, r_scores, stage_grad_out + lane_transposed_b, p.head_dim);
+        pv_gemm<P, kStride>(r_grad_v, r_scores, stage_grad_out + lane_transposed_b, p.head_dim);
       if constexpr (kWantsKey) {
         Accumulators<kRowBlocks, Traits::kStepBlocks> r_probability_gradient;
         clear(r_probability_gradient);
-        multiply_rows<P, kHeadDim, kStride>(r_probability_gradient, s_v + warp_rows, stage_grad_out + lane_b,
-                                            p.head_dim);
+        qk_gemm<P, kHeadDim, kStride>(r_probability_gradient, s_v + warp_rows, stage_grad_out + lane_b, p.head_dim);
         score_gradient_of_keys(r_scores, r_probability_gradient, step_statistics);
-        multiply_scores<P, kStride>(r_grad_k, r_scores, stage_q + lane_transposed_b, p.head_dim);
+        pv_gemm<P, kStride>(r_grad_k, r_scores, stage_q + lane_transposed_b, p.head_dim);
       }
     }
   }

@@ -130,12 +130,12 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
       clear(r_scores);
       clear(r_probability_gradient);
       const uint32_t lane_b = step * kStride + lane_offset_b<kStride>();
-      multiply_rows<P, kHeadDim, kStride>(r_scores, s_q + warp_rows, stage_k + lane_b, p.head_dim);
-      multiply_rows<P, kHeadDim, kStride>(r_probability_gradient, s_grad_out + warp_rows, stage_v + lane_b, p.head_dim);
+      qk_gemm<P, kHeadDim, kStride>(r_scores, s_q + warp_rows, stage_k + lane_b, p.head_dim);
+      qk_gemm<P, kHeadDim, kStride>(r_probability_gradient, s_grad_out + warp_rows, stage_v + lane_b, p.head_dim);
       score_gradient(r_scores, r_probability_gradient, r_statistics, p.scale_log2);
       fill_masked(r_scores, valid >> step, 0.0f);
-      multiply_scores<P, kStride>(r_grad_q, r_scores, stage_k + step * kStride + lane_offset_transposed_b<P, kStride>(),
-                                  p.head_dim);
+      pv_gemm<P, kStride>(r_grad_q, r_scores, stage_k + step * kStride + lane_offset_transposed_b<P, kStride>(),
+                          p.head_dim);
     }
   }
   store_grad_q<P, kHeadDim>(p, work, r_grad_q);

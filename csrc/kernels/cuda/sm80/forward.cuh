@@ -6,7 +6,7 @@
 
 #include "kernels/cuda/common/softmax.cuh"
 #include "kernels/cuda/sm80/fragments.cuh"
-#include "kernels/cuda/sm80/kernels.h"
+#include "kernels/cuda/sm80/kernels_sm80.h"
 #include "kernels/cuda/sm80/tile_io.cuh"
 
 namespace anchor_attention::sm80 {
@@ -201,13 +201,13 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
     Accumulators<Traits::kRowBlocks, Traits::kScoreBlocks> r_scores;
     clear(r_scores);
     if (has_rows) {
-      multiply_rows<P, kHeadDim, kStride>(r_scores, warp_q, lane_k + stage * Traits::kTileBytes, p.head_dim);
+      qk_gemm<P, kHeadDim, kStride>(r_scores, warp_q, lane_k + stage * Traits::kTileBytes, p.head_dim);
       fill_masked(r_scores, valid, -INFINITY);
       online_softmax(r_scores, r_out, state, p.scale_log2);
     }
     ptx::cp_async_wait<2>();
     __syncthreads();
-    if (has_rows) multiply_scores<P, kStride>(r_out, r_scores, lane_v + stage * Traits::kTileBytes, p.head_dim);
+    if (has_rows) pv_gemm<P, kStride>(r_out, r_scores, lane_v + stage * Traits::kTileBytes, p.head_dim);
   }
   store_out<P, kHeadDim>(p, work, r_out, state);
 }

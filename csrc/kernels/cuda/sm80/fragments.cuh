@@ -138,8 +138,8 @@ inline constexpr int kChannelsPassedOver = P::kPrecision == Precision::tf32x3 ? 
 
 // acc += A · Bᵀ over `kHeadDim`: rows of A against rows of B.
 template <class P, int kHeadDim, int kStride, int kRowBlocks, int kColumnBlocks>
-__device__ inline void multiply_rows(Accumulators<kRowBlocks, kColumnBlocks>& acc, uint32_t a_address,
-                                     uint32_t b_address, int32_t head_dim) {
+__device__ inline void qk_gemm(Accumulators<kRowBlocks, kColumnBlocks>& acc, uint32_t a_address, uint32_t b_address,
+                               int32_t head_dim) {
   constexpr int kSteps = kHeadDim / kMmaK<P>;
   constexpr int kUnrolled = kUnrolledSteps<P, kSteps>;
 #pragma unroll 1
@@ -166,9 +166,9 @@ __device__ inline void multiply_rows(Accumulators<kRowBlocks, kColumnBlocks>& ac
 
 // acc += scores · B: scores are accumulators of an earlier product, the rows of B its columns.
 template <class P, int kStride, int kRowBlocks, int kScoreBlocks, int kColumnBlocks>
-__device__ inline void multiply_scores(Accumulators<kRowBlocks, kColumnBlocks>& acc,
-                                       const Accumulators<kRowBlocks, kScoreBlocks>& scores, uint32_t b_address,
-                                       int32_t head_dim) {
+__device__ inline void pv_gemm(Accumulators<kRowBlocks, kColumnBlocks>& acc,
+                               const Accumulators<kRowBlocks, kScoreBlocks>& scores, uint32_t b_address,
+                               int32_t head_dim) {
 #pragma unroll
   for (int k = 0; k < kScoreBlocks * 8 / kMmaK<P>; ++k) {
     Fragment<P, 4> a[kRowBlocks];

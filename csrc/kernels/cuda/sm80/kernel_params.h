@@ -9,9 +9,9 @@
 namespace anchor_attention::sm80 {
 
 struct ForwardKernelParams {
-  InputTensor q;
-  InputTensor k;
-  InputTensor v;
+  TensorView q;
+  TensorView k;
+  TensorView v;
   const float* q_freqs;     // interleaved real and imaginary parts, may be null
   const uint8_t* key_mask;  // may be null
   void* out;                // [batch, n_queries, heads, head_dim]
@@ -27,10 +27,10 @@ struct ForwardKernelParams {
 };
 
 struct BackwardKernelParams {
-  InputTensor q;  // rotated
-  InputTensor k;
-  InputTensor v;
-  InputTensor grad_out;
+  TensorView q;  // rotated
+  TensorView k;
+  TensorView v;
+  TensorView grad_out;
   const float* row_statistics;  // [batch, heads, n_queries, 2]: lse · log2(e) (+inf for rows without keys), delta
   const float* q_freqs;         // to rotate grad_q back, null when it stays rotated
   const uint8_t* key_mask;      // may be null

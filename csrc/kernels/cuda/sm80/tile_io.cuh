@@ -15,7 +15,7 @@ namespace anchor_attention::sm80 {
 // Starts copying `kRows` tokens from `first` on to shared memory. Tokens that `is_valid` leaves out and channels beyond
 // `head_dim` become zeros, so that nothing masked, not even a NaN, enters a product.
 template <class P, int kHeadDim, int kRows, int kThreads, class IsValid>
-__device__ inline void load_tile(uint32_t shared, const InputTensor& tensor, const typename P::Storage* head,
+__device__ inline void load_tile(uint32_t shared, const TensorView& tensor, const typename P::Storage* head,
                                  int32_t first, int32_t head_dim, IsValid is_valid) {
   constexpr int kStride = kRowStride<P, kHeadDim>;
   const int32_t thread = static_cast<int32_t>(threadIdx.x);

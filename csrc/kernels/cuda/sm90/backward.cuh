@@ -282,14 +282,14 @@ __device__ inline void multiply_tiles(const BackwardKernelParams& p, BackwardBlo
     }
     await_queries<Traits>(block, q_of(0), grad_out_of(0), 0);
     ptx::wgmma_fence();
-    multiply_channels<P, kHeadDim>(r_scores, keys_k, q_of(0));
+    qk_gemm<P, kHeadDim>(r_scores, keys_k, q_of(0));
     ptx::wgmma_commit();
   }
   for (uint32_t n = 0; n_tiles > 0; ++n) {
     const float* s_lse = statistics + n % kBackwardStages * 2 * Traits::kQueries;
     float r_gradients[Traits::kScores];
     ptx::wgmma_fence();
-    multiply_channels<P, kHeadDim>(r_gradients, keys_v, grad_out_of(n));
+    qk_gemm<P, kHeadDim>(r_gradients, keys_v, grad_out_of(n));
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     ptx::keep_order(r_scores);
@@ -306,7 +306,7 @@ __device__ inline void multiply_tiles(const BackwardKernelParams& p, BackwardBlo
     // dV needs P alone: it starts before dS is there.
     to_operand<P>(r_p, r_scores);
     ptx::wgmma_fence();
-    multiply_queries<P, kHeadDim>(r_grad_v, r_p, grad_out_of(n));
+    pv_gemm<P, kHeadDim>(r_grad_v, r_p, grad_out_of(n));
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     ptx::keep_order(r_gradients);
@@ -323,10 +323,10 @@ __device__ inline void multiply_tiles(const BackwardKernelParams& p, BackwardBlo
     }
     ptx::wgmma_fence();
     if constexpr (kAddsQueryGradients) {
-      multiply_keys<P, kHeadDim>(r_grad_q, tile, shared + Traits::kAt.k, warpgroup);
+      dsk_gemm<P, kHeadDim>(r_grad_q, tile, shared + Traits::kAt.k, warpgroup);
       ptx::wgmma_commit();
     }
-    multiply_queries<P, kHeadDim>(r_grad_k, r_ds, q_of(n));
+    pv_gemm<P, kHeadDim>(r_grad_k, r_ds, q_of(n));
     ptx::wgmma_commit();
 
     // dK still runs while dQ is handed over and the next scores are queued: the tensor cores do not run dry.
@@ -347,7 +347,7 @@ __device__ inline void multiply_tiles(const BackwardKernelParams& p, BackwardBlo
     if (n + 1 == n_tiles) break;
     await_queries<Traits>(block, q_of(n + 1), grad_out_of(n + 1), n + 1);
     ptx::wgmma_fence();
-    multiply_channels<P, kHeadDim>(r_scores, keys_k, q_of(n + 1));
+    qk_gemm<P, kHeadDim>(r_scores, keys_k, q_of(n + 1));
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     ptx::keep_order(r_grad_k);

@@ -10,7 +10,7 @@
 #include "kernels/cuda/primitives/stmatrix.cuh"
 #include "kernels/cuda/primitives/wgmma.cuh"
 #include "kernels/cuda/sm90/backward_config.h"
-#include "kernels/cuda/sm90/kernels.h"
+#include "kernels/cuda/sm90/kernels_sm90.h"
 
 namespace anchor_attention::sm90 {
 
@@ -69,7 +69,7 @@ __device__ inline uint64_t advance(uint64_t descriptor, uint32_t bytes) { return
 
 // scores = keys · queriesᵀ, both as rows of channels in shared memory; `keys` begins at the warpgroup's rows.
 template <class P, int kHeadDim, class Traits = BackwardTraits<P, kHeadDim>>
-__device__ inline void multiply_channels(float (&scores)[Traits::kScores], uint32_t keys, uint32_t queries) {
+__device__ inline void qk_gemm(float (&scores)[Traits::kScores], uint32_t keys, uint32_t queries) {
   const uint64_t a = ptx::matrix_descriptor<Traits::kRowBytes>(keys, Traits::kGroupStride, 0);
   const uint64_t b = ptx::matrix_descriptor<Traits::kRowBytes>(queries, Traits::kGroupStride, 0);
   forget(scores);
@@ -84,8 +84,8 @@ __device__ inline void multiply_channels(float (&scores)[Traits::kScores], uint3
 
 // gradient += scores · rows, one row per query, of channels.
 template <class P, int kHeadDim, class Traits = BackwardTraits<P, kHeadDim>>
-__device__ inline void multiply_queries(float (&gradient)[Traits::kKeyGradient],
-                                        const ScoreOperand<Traits::kScores>& scores, uint32_t rows) {
+__device__ inline void pv_gemm(float (&gradient)[Traits::kKeyGradient], const ScoreOperand<Traits::kScores>& scores,
+                               uint32_t rows) {
   constexpr uint32_t kBlockStride = kHeadDim > Traits::kTile.channels ? Traits::kQueries * Traits::kRowBytes : 0;
   const uint64_t b = ptx::matrix_descriptor<Traits::kRowBytes>(rows, Traits::kGroupStride, kBlockStride);
 #pragma unroll
@@ -98,8 +98,8 @@ __device__ inline void multiply_queries(float (&gradient)[Traits::kKeyGradient],
 // gradient = dS · keys for this warpgroup's share of the tile: 64 of its queries and all channels or, where there are
 // but 64 queries, half of the channels. Contracts the keys of both warpgroups.
 template <class P, int kHeadDim, class Traits = BackwardTraits<P, kHeadDim>>
-__device__ inline void multiply_keys(float (&gradient)[Traits::kQueryGradient], uint32_t score_gradients, uint32_t keys,
-                                     uint32_t warpgroup) {
+__device__ inline void dsk_gemm(float (&gradient)[Traits::kQueryGradient], uint32_t score_gradients, uint32_t keys,
+                                uint32_t warpgroup) {
   constexpr int kScoreRowBytes = 128;
   constexpr bool kShareQueries = Traits::kQueries == 128;
   constexpr int kChannelBlocks = Traits::kQueryGradientChannels / Traits::kTile.channels;

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/cuda/common/plan_detail.h"
+#include "kernels/cuda/common/plan_parts.h"
 #include "kernels/cuda/sm90/backward_config.h"
 #include "kernels/cuda/sm90/backward_params.h"
 #include "key_ranges.h"

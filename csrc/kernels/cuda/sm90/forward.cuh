@@ -8,7 +8,7 @@
 #include "kernels/cuda/primitives/stmatrix.cuh"
 #include "kernels/cuda/primitives/wgmma.cuh"
 #include "kernels/cuda/sm90/forward_stream.cuh"
-#include "kernels/cuda/sm90/kernels.h"
+#include "kernels/cuda/sm90/kernels_sm90.h"
 #include "kernels/cuda/sm90/softmax.cuh"
 #include "kernels/cuda/sm90/swizzle.cuh"
 
@@ -83,7 +83,7 @@ class ForwardConsumer {
       take_turn();
       ptx::keep_order(r_scores);
       ptx::wgmma_fence();
-      multiply_keys(r_scores);
+      qk_gemm(r_scores);
       ptx::wgmma_commit();
       pass_turn();
       ptx::wgmma_wait<0>();
@@ -106,9 +106,9 @@ class ForwardConsumer {
         ptx::keep_order(r_out);
         ptx::keep_order(r_probabilities);
         ptx::wgmma_fence();
-        multiply_keys(r_scores);
+        qk_gemm(r_scores);
         ptx::wgmma_commit();
-        multiply_values(r_out, r_probabilities, previous.stage);
+        pv_gemm(r_out, r_probabilities, previous.stage);
         ptx::wgmma_commit();
         pass_turn();
         ptx::wgmma_wait<1>();
@@ -130,7 +130,7 @@ class ForwardConsumer {
       ptx::keep_order(r_out);
       ptx::keep_order(r_probabilities);
       ptx::wgmma_fence();
-      multiply_values(r_out, r_probabilities, ring_.stage);
+      pv_gemm(r_out, r_probabilities, ring_.stage);
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
       ptx::keep_order(r_out);
@@ -249,7 +249,7 @@ class ForwardConsumer {
   }
 
   // r_scores = Q Kᵀ.
-  __device__ void multiply_keys(float (&r_scores)[Traits::kScores]) const {
+  __device__ void qk_gemm(float (&r_scores)[Traits::kScores]) const {
     const uint64_t q = ptx::matrix_descriptor<kSpan>(s_q_, 8 * kSpan, 0);
     const uint64_t k = ptx::matrix_descriptor<kSpan>(shared_.k_tile(ring_.stage), 8 * kSpan, 0);
 #pragma unroll
@@ -263,8 +263,8 @@ class ForwardConsumer {
   }
 
   // r_out += P V.
-  __device__ void multiply_values(float (&r_out)[Traits::kOutputs],
-                                  const uint32_t (&r_probabilities)[Traits::kProbabilities][4], uint32_t stage) const {
+  __device__ void pv_gemm(float (&r_out)[Traits::kOutputs],
+                          const uint32_t (&r_probabilities)[Traits::kProbabilities][4], uint32_t stage) const {
     constexpr uint32_t kSlabStride = Traits::kSlabs > 1 ? Traits::kKeys * kSpan : 0;
     const uint64_t v = ptx::matrix_descriptor<kSpan>(shared_.v_tile(stage), 8 * kSpan, kSlabStride);
 #pragma unroll

@@ -18,7 +18,7 @@ struct ForwardKernelParams {
   TensorMap k;
   TensorMap v;
   TensorMap out;  // of boxes of 64 tokens
-  cuda::InputTensor q;
+  cuda::TensorView q;
   const float* q_freqs;     // interleaved real and imaginary parts, may be null
   const uint8_t* key_mask;  // may be null
   void* out_data;           // [batch, n_queries, heads, head_dim]

@@ -2,12 +2,12 @@
 #include <stdexcept>
 #include <utility>
 
-#include "kernels/cuda/common/plan_detail.h"
+#include "kernels/cuda/common/plan_parts.h"
 #include "kernels/cuda/sm90/backward_config.h"
 #include "kernels/cuda/sm90/backward_params.h"
 #include "kernels/cuda/sm90/backward_schedule.h"
-#include "kernels/cuda/sm90/plan.h"
-#include "kernels/cuda/sm90/plan_detail.h"
+#include "kernels/cuda/sm90/plan_sm90.h"
+#include "kernels/cuda/sm90/token_tensor_map.h"
 
 namespace anchor_attention::sm90 {
 namespace {
@@ -77,7 +77,7 @@ class BackwardPlanner {
   bool is_rotated() const { return forward_.q_freqs != nullptr; }
 
   RopeTask rotation() const {
-    return {input_tensor(forward_.q, forward_.q_strides, forward_.dtype),
+    return {tensor_view(forward_.q, forward_.q_strides, forward_.dtype),
             forward_.q_freqs,
             rotated_q_,
             forward_.q_freqs_strides,
@@ -153,7 +153,7 @@ class BackwardPlanner {
     add_launch(passes, {KernelKind::query_gradient, precision_, head_dim_, {}, Generation::sm90},
                batch_heads_ * schedule_.queries.n_items, kQueryGradientThreads, 0, p);
     if (!rotate_back_later) return;
-    const InputTensor rotated = input_tensor(rotated_q_, contiguous_, forward_.dtype);
+    const TensorView rotated = tensor_view(rotated_q_, contiguous_, forward_.dtype);
     RopeTask task = rotation();
     add_rope_freqs_gradient(passes, task, rotated, params_.grad_q_freqs, forward_.q_freqs_strides.batch == 0);
     if (params_.grad_q != nullptr) {
@@ -164,8 +164,8 @@ class BackwardPlanner {
 
   void add_row_statistics() {
     StatisticsKernelParams p{};
-    p.out = input_tensor(forward_.out, contiguous_, forward_.dtype);
-    p.grad_out = input_tensor(params_.grad_out, params_.grad_out_strides, forward_.dtype);
+    p.out = tensor_view(forward_.out, contiguous_, forward_.dtype);
+    p.grad_out = tensor_view(params_.grad_out, params_.grad_out_strides, forward_.dtype);
     p.lse = static_cast<const float*>(forward_.lse);
     p.grad_lse = static_cast<const float*>(params_.grad_lse);
     p.row_statistics = row_statistics_;

@@ -2,11 +2,11 @@
 #include <cstddef>
 #include <limits>
 
-#include "kernels/cuda/common/plan_detail.h"
+#include "kernels/cuda/common/plan_parts.h"
 #include "kernels/cuda/sm90/config.h"
 #include "kernels/cuda/sm90/kernel_params.h"
-#include "kernels/cuda/sm90/plan.h"
-#include "kernels/cuda/sm90/plan_detail.h"
+#include "kernels/cuda/sm90/plan_sm90.h"
+#include "kernels/cuda/sm90/token_tensor_map.h"
 
 namespace anchor_attention::sm90 {
 namespace {
@@ -34,7 +34,7 @@ Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& op
   Plan plan;
   Workspace workspace(workspace_base);
   ForwardKernelParams kernel_params{};
-  kernel_params.q = input_tensor(params.q, params.q_strides, params.dtype);
+  kernel_params.q = tensor_view(params.q, params.q_strides, params.dtype);
   kernel_params.q_freqs = static_cast<const float*>(params.q_freqs);
   kernel_params.key_mask = mask_bytes(params);
   kernel_params.out_data = params.out;

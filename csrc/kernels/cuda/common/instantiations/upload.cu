@@ -1,5 +1,5 @@
 #include "kernels/cuda/common/kernel_params.h"
-#include "kernels/cuda/common/kernels.h"
+#include "kernels/cuda/common/shared_kernels.h"
 
 namespace anchor_attention::cuda {
 

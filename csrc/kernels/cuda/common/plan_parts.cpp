@@ -1,4 +1,4 @@
-#include "kernels/cuda/common/plan_detail.h"
+#include "kernels/cuda/common/plan_parts.h"
 
 #include <algorithm>
 #include <cmath>
@@ -76,7 +76,7 @@ void check_output(const void* output, const char* name) {
   }
 }
 
-InputTensor input_tensor(const void* data, const Strides& strides, ScalarType dtype) {
+TensorView tensor_view(const void* data, const Strides& strides, ScalarType dtype) {
   const int64_t bytes = dtype == ScalarType::float32 ? 4 : 2;
   const bool vectorised = reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides.batch * bytes % 16 == 0 &&
                           strides.token * bytes % 16 == 0 && strides.head * bytes % 16 == 0;

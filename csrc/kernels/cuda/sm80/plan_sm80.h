@@ -1,7 +1,7 @@
-// Plans of the attention passes on sm_80 kernels; arguments as in common/plan.h.
+// Plans of the attention passes on sm_80 kernels; arguments as in common/launch_plan.h.
 #pragma once
 
-#include "kernels/cuda/common/plan.h"
+#include "kernels/cuda/common/launch_plan.h"
 
 namespace anchor_attention::sm80 {
 

@@ -1,9 +1,10 @@
+#include "kernels/cuda/sm80/plan_sm80.h"
+
 #include <limits>
 #include <stdexcept>
 
-#include "kernels/cuda/common/plan_detail.h"
+#include "kernels/cuda/common/plan_parts.h"
 #include "kernels/cuda/sm80/kernel_params.h"
-#include "kernels/cuda/sm80/plan.h"
 #include "key_ranges.h"
 
 namespace anchor_attention::sm80 {
@@ -52,9 +53,9 @@ Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& op
   Plan plan;
   Workspace workspace(workspace_base);
   ForwardKernelParams kernel_params{};
-  kernel_params.q = input_tensor(params.q, params.q_strides, params.dtype);
-  kernel_params.k = input_tensor(params.k, params.k_strides, params.dtype);
-  kernel_params.v = input_tensor(params.v, params.v_strides, params.dtype);
+  kernel_params.q = tensor_view(params.q, params.q_strides, params.dtype);
+  kernel_params.k = tensor_view(params.k, params.k_strides, params.dtype);
+  kernel_params.v = tensor_view(params.v, params.v_strides, params.dtype);
   kernel_params.q_freqs = static_cast<const float*>(params.q_freqs);
   kernel_params.key_mask = mask_bytes(params);
   kernel_params.out = params.out;
@@ -90,8 +91,8 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
   const Precision storage = precision_of(forward.dtype, true);
   const int head_dim = native_head_dim(forward.head_dim);
   const int64_t n_rows = forward.batch * forward.heads * forward.n_queries;
-  const InputTensor q = input_tensor(forward.q, forward.q_strides, forward.dtype);
-  const InputTensor grad_out = input_tensor(params.grad_out, params.grad_out_strides, forward.dtype);
+  const TensorView q = tensor_view(forward.q, forward.q_strides, forward.dtype);
+  const TensorView grad_out = tensor_view(params.grad_out, params.grad_out_strides, forward.dtype);
   const Strides contiguous = contiguous_strides(forward.n_queries, forward.heads, forward.head_dim);
 
   Plan plan;
@@ -115,9 +116,9 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
   if (rotated && (wants_query_pass || wants_key_pass)) add_rope(plan, rotation, false);
 
   BackwardKernelParams common{};
-  common.q = rotated ? input_tensor(grad_q, contiguous, forward.dtype) : q;
-  common.k = input_tensor(forward.k, forward.k_strides, forward.dtype);
-  common.v = input_tensor(forward.v, forward.v_strides, forward.dtype);
+  common.q = rotated ? tensor_view(grad_q, contiguous, forward.dtype) : q;
+  common.k = tensor_view(forward.k, forward.k_strides, forward.dtype);
+  common.v = tensor_view(forward.v, forward.v_strides, forward.dtype);
   common.grad_out = grad_out;
   common.row_statistics = workspace.take<float>(2 * n_rows);
   common.key_mask = mask_bytes(forward);
@@ -134,7 +135,7 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
   common.scale_log2 = static_cast<float>(forward.scale * kLog2E);
 
   StatisticsKernelParams statistics{};
-  statistics.out = input_tensor(forward.out, contiguous, forward.dtype);
+  statistics.out = tensor_view(forward.out, contiguous, forward.dtype);
   statistics.grad_out = grad_out;
   statistics.lse = static_cast<const float*>(forward.lse);
   statistics.grad_lse = static_cast<const float*>(params.grad_lse);

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "kernels/cuda/common/kernel_params.h"
-#include "kernels/cuda/common/plan.h"
+#include "kernels/cuda/common/launch_plan.h"
 #include "kernels/cuda/common/schedule.h"
 
 namespace anchor_attention::cuda {
@@ -41,7 +41,7 @@ void check_head_dim(int64_t head_dim);
 // Throws unless `output` allows 16-byte stores.
 void check_output(const void* output, const char* name);
 
-InputTensor input_tensor(const void* data, const Strides& strides, ScalarType dtype);
+TensorView tensor_view(const void* data, const Strides& strides, ScalarType dtype);
 
 Strides contiguous_strides(int64_t tokens, int64_t heads, int64_t head_dim);
 
@@ -72,7 +72,7 @@ inline int64_t elementwise_blocks(int64_t n_threads) {
 }
 
 struct RopeTask {
-  InputTensor x;
+  TensorView x;
   const void* freqs;
   void* out;
   FreqsStrides freqs_strides;
@@ -85,7 +85,7 @@ struct RopeTask {
 
 void add_rope(Plan& plan, const RopeTask& task, bool conjugate);
 // `shared_by_batch` sums the gradient over the batch. `task.out` is not used.
-void add_rope_freqs_gradient(Plan& plan, const RopeTask& task, const InputTensor& grad_out, void* grad_freqs,
+void add_rope_freqs_gradient(Plan& plan, const RopeTask& task, const TensorView& grad_out, void* grad_freqs,
                              bool shared_by_batch);
 
 // A forward table as the schedule takes it: queries are the stationary axis.

@@ -71,7 +71,7 @@ inline void* const kNoWorkspaceYet = reinterpret_cast<void*>(uintptr_t{0xFFF5} <
 // Puts `workspace` in place of kNoWorkspaceYet, wherever the plan points into it.
 void place_workspace(Plan& plan, void* workspace);
 
-// Of every generation; arguments as in kernels/cuda/plan.h.
+// Of every generation; arguments as in kernels/cuda/plan_attention.h.
 Plan plan_rope(const RopeParams& params);
 Plan plan_rope_backward(const RopeBackwardParams& params);
 

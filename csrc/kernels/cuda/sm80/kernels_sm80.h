@@ -2,8 +2,8 @@
 // makes. Nobody calls them: the host launches kernels by name, through the driver.
 #pragma once
 
-#include "kernels/cuda/common/kernels.h"
-#include "kernels/cuda/common/plan.h"
+#include "kernels/cuda/common/launch_plan.h"
+#include "kernels/cuda/common/shared_kernels.h"
 #include "kernels/cuda/sm80/config.h"
 
 namespace anchor_attention::sm80 {

@@ -1,7 +1,7 @@
-#include "kernels/cuda/attention.h"
+#include "kernels/cuda/launch_attention.h"
 
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/plan.h"
+#include "kernels/cuda/plan_attention.h"
 
 namespace anchor_attention::cuda {
 namespace {

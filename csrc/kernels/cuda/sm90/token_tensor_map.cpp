@@ -1,4 +1,4 @@
-#include "kernels/cuda/sm90/plan_detail.h"
+#include "kernels/cuda/sm90/token_tensor_map.h"
 
 #include <limits>
 

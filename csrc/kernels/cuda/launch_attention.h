@@ -4,7 +4,7 @@
 
 #include <functional>
 
-#include "kernels/cuda/common/plan.h"
+#include "kernels/cuda/common/launch_plan.h"
 #include "kernels/cuda/device.h"
 #include "params.h"
 
@@ -25,7 +25,7 @@ struct Options {
 using Allocate = std::function<void*(int64_t bytes)>;
 
 // Pointers belong to the target's device. All throw std::invalid_argument for what the kernels do not support, see
-// common/plan.h, and DriverError at the first launch that failed.
+// common/launch_plan.h, and DriverError at the first launch that failed.
 void attention_forward(const AttentionParams& params, const Options& options, const Target& target,
                        const Allocate& allocate);
 void attention_backward(const AttentionBackwardParams& params, const Options& options, const Target& target,

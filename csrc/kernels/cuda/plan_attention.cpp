@@ -1,7 +1,7 @@
-#include "kernels/cuda/plan.h"
+#include "kernels/cuda/plan_attention.h"
 
-#include "kernels/cuda/sm80/plan.h"
-#include "kernels/cuda/sm90/plan.h"
+#include "kernels/cuda/sm80/plan_sm80.h"
+#include "kernels/cuda/sm90/plan_sm90.h"
 
 namespace anchor_attention::cuda {
 

@@ -1,7 +1,7 @@
 // Plans of the attention: chooses among the generations of kernels.
 #pragma once
 
-#include "kernels/cuda/common/plan.h"
+#include "kernels/cuda/common/launch_plan.h"
 
 namespace anchor_attention::cuda {
 
