@@ -230,13 +230,13 @@ def main() -> None:
         },
         "openfoam": solver_times(arguments.data),
     }
-    full = [case for case in unseen if case.number == make_cases.FULL_CASE]
-    if full:
-        stem, body, area = arguments.data / f"full_{full[0].number:03d}", full[0].body, full[0].frontal_area
+    stem = arguments.data / f"full_{make_cases.FULL_CASE:03d}"
+    whole = next((case for case in unseen if case.number == make_cases.FULL_CASE), None)
+    if whole is not None and stem.with_suffix(".vtu").is_file():
         target = arguments.output / "full"
-        metrics["full_mesh"] = predict_full_mesh(trainer.model, stem, body, area, setting, target)
+        metrics["full_mesh"] = predict_full_mesh(trainer.model, stem, whole.body, whole.frontal_area, setting, target)
         if not arguments.no_pictures:
-            draw_pictures(rows, arguments.output, body.speed)
+            draw_pictures(rows, arguments.output, whole.body.speed)
     metrics["environment"] = {
         "torch": torch.__version__,
         "training_threads": arguments.threads,
@@ -264,7 +264,8 @@ def report(metrics: dict[str, Any], output: Path) -> None:
             f"{full['points_per_second']:,.0f} a second; OpenFOAM's mesh and solver took "
             f"{solver['mesh_seconds'] + solver['solve_seconds']:.0f} s a case"
         )
-    print(f"metrics, pictures, and {output / 'full.vtu'} and full.vtp for ParaView: {output}")
+        print(f"for ParaView: {output / 'full.vtu'} and full.vtp")
+    print(f"metrics and pictures: {output}")
 
 
 if __name__ == "__main__":

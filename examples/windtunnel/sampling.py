@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import make_cases
@@ -198,37 +198,6 @@ def sample(case: Case, branch: str, n: int, generator: torch.Generator) -> Tenso
     if n > total:
         raise ValueError(f"n must be at most the {total} points of case {case.number}, got {n}")
     return torch.randperm(total, generator=generator)[:n]
-
-
-def scaled(points: Tensor, factors: Tensor) -> Tensor:
-    """Returns the features of the same points around bodies that are larger.
-
-    Args:
-        points: (B, N, SURFACE_FEATURES) or (B, N, VOLUME_FEATURES).
-        factors: (B,) by how much larger.
-    """
-    factors = factors[:, None, None]
-    if points.shape[-1] == SURFACE_FEATURES:
-        return torch.cat((points[..., :9] * factors, points[..., 9:]), dim=-1)
-    return torch.cat((points[..., :13] * factors, points[..., 13:14] ** factors, points[..., 14:]), dim=-1)
-
-
-def scaled_batch(batch: Batch, factors: Tensor) -> Batch:
-    """Returns the flows around bodies that are larger in a wind that is as much slower: the same in coefficients.
-
-    That is exact at the same Reynolds number, walls of the tunnel and mesh being scaled as well.
-
-    Args:
-        batch: Cases as they were solved.
-        factors: (B,) by how much larger.
-    """
-    speed = (SPEED_MIDDLE + SPEED_SPAN * batch.condition[:, 1]) / factors
-    return replace(
-        batch,
-        condition=torch.stack((batch.condition[:, 0], (speed - SPEED_MIDDLE) / SPEED_SPAN), dim=-1),
-        geometry=scaled(batch.geometry, factors),
-        points={branch: scaled(those, factors) for branch, those in batch.points.items()},
-    )
 
 
 def draw(cases: Sequence[Case], n_geometry: int, counts: dict[str, int], generator: torch.Generator) -> Batch:

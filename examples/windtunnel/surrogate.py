@@ -64,7 +64,6 @@ class TrainingConfig(training.Schedule):
         surface_queries: Points of the body beside its anchors.
         volume_queries: Points around it beside the anchors.
         force_weight: Weight of the error of the force on the points of a sample.
-        scale: Cases are scaled at random by up to so much, see :func:`sampling.scaled_batch`.
     """
 
     seconds: float | None = 480.0
@@ -76,8 +75,6 @@ class TrainingConfig(training.Schedule):
     surface_queries: int = 256
     volume_queries: int = 256
     force_weight: float = 0.5
-    scale: float = 0.07
-    weight_decay: float = 0.05
 
 
 def quantities(surface: Tensor, volume: Tensor, undisturbed: Tensor) -> dict[str, Tensor]:
@@ -136,10 +133,7 @@ class Trainer(training.Trainer):
         }
         rows = rows_of_step(len(self.cases), config, step).tolist()
         generator = generator_of_step(config, step)
-        batch = sampling.draw([self.cases[row] for row in rows], config.geometry_points, counts, generator)
-        if not config.scale:
-            return batch
-        return sampling.scaled_batch(batch, 1 + config.scale * (2 * torch.rand(len(rows), generator=generator) - 1))
+        return sampling.draw([self.cases[row] for row in rows], config.geometry_points, counts, generator)
 
     def batch_errors(self, step: int) -> dict[str, Tensor]:
         """Returns the relative errors of a step's batch, and that of the force, which is relative to its size."""

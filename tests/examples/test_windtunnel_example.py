@@ -17,6 +17,7 @@ import bodies  # noqa: E402
 import make_cases  # noqa: E402
 import openfoam_case  # noqa: E402
 import reading  # noqa: E402
+import vtk_files  # noqa: E402
 from bodies import Body  # noqa: E402
 from openfoam_case import Resolution  # noqa: E402
 
@@ -77,15 +78,24 @@ def test_stored_case_holds_a_flow_around_its_body() -> None:
 @pytest.mark.skipif(bool(openfoam_case.missing_programs()), reason="OpenFOAM is not installed")
 def test_small_case_is_solved_anew_and_its_forces_are_openfoams_own(tmp_path: Path) -> None:
     pytest.importorskip("pyvista")
-    line = make_cases.make(7, BODY, Resolution.tiny(), tmp_path / "data", tmp_path / "runs", keep=True)
+    line = make_cases.make(
+        make_cases.FULL_CASE, BODY, Resolution.tiny(), tmp_path / "data", tmp_path / "runs", keep=True
+    )
     assert "30 iterations" in line
-    metadata, flow = make_cases.load(tmp_path / "data" / "case_007.npz")
+    metadata, flow = make_cases.load(tmp_path / "data" / "case_003.npz")
     assert Body(**metadata["body"]) == BODY
     _check_flow(flow, BODY)
-    table = tmp_path / "runs" / "case_007" / "postProcessing" / "coefficients" / "0" / "coefficient.dat"
+    table = tmp_path / "runs" / "case_003" / "postProcessing" / "coefficients" / "0" / "coefficient.dat"
     _, drag, side, lift, *_ = map(float, table.read_text().splitlines()[-1].split())
     # OpenFOAM takes a face's area vector, we its area and normal: warped faces differ.
     np.testing.assert_allclose(metadata["force_coefficients"], [drag, side, lift], atol=0.01)
+    # Of this case of the plan the whole mesh is stored.
+    cells, body = vtk_files.load_solved(tmp_path / "data" / "full_003")
+    again = reading.flow_of(cells, body, BODY.speed)
+    assert len(again.velocity) == metadata["cells"]
+    np.testing.assert_allclose(
+        reading.force(again, metadata["frontal_area"]), metadata["force_coefficients"], atol=1e-4
+    )
 
 
 def test_case_that_fails_is_written_down_and_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -88,22 +90,6 @@ def test_features_of_points_on_the_surface_say_so(case: Case) -> None:
     assert features[:, 9:13].abs().max() < 1e-6
     torch.testing.assert_close(features[:, -3:], torch.from_numpy(case.geometry.normals))
     assert case.points["volume"][:, 12].min() > 0.0
-
-
-def test_a_scaled_case_is_that_of_a_larger_body_in_a_slower_wind(case: Case) -> None:
-    grown = replace(
-        case.flow, surface_points=1.25 * case.flow.surface_points, volume_points=1.25 * case.flow.volume_points
-    )
-    larger = sampling.prepare(0, replace(case.body, speed=case.body.speed / 1.25), case.frontal_area, grown)
-    counts = {"surface": 50, "volume": 50}
-    drawn = sampling.draw([case], 40, counts, torch.Generator().manual_seed(5))
-    scaled = sampling.scaled_batch(drawn, torch.tensor([1.25]))
-    expected = sampling.draw([larger], 40, counts, torch.Generator().manual_seed(5))
-    torch.testing.assert_close(scaled.geometry, expected.geometry, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(scaled.condition, expected.condition)
-    for branch in counts:
-        torch.testing.assert_close(scaled.points[branch], expected.points[branch], atol=2e-6, rtol=1e-4)
-        assert torch.equal(scaled.targets[branch], drawn.targets[branch])
 
 
 def test_forces_of_all_faces_are_those_of_the_flow(case: Case) -> None:
@@ -233,6 +219,35 @@ def test_whole_meshes_go_to_paraview_and_back(tmp_path: Path) -> None:
     np.testing.assert_allclose(body["p_predicted"], 2 * body["p"], rtol=1e-5)
     np.testing.assert_allclose(body["wallShearStress_error"], 0, atol=1e-6)
     np.testing.assert_allclose(body["cp"], body["p"] / (0.5 * speed**2), rtol=1e-5)
+
+
+def test_a_whole_run_scores_unseen_bodies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyvista")
+    import run_windtunnel
+
+    data, output = tmp_path / "data", tmp_path / "output"
+    data.mkdir()
+    for number in (2, 3, 5):
+        shutil.copy(make_cases.DATA / f"case_{number:03d}.npz", data)
+    command = ["run_windtunnel.py", "--steps", "3", "--data", str(data), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    threads = torch.get_num_threads()
+    try:
+        run_windtunnel.main()
+    finally:
+        torch.set_num_threads(threads)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert [row["case"] for row in metrics["cases"]] == [3]
+    assert metrics["training"]["steps"] == 3 and metrics["training"]["shapes"] == 2
+    for method in run_windtunnel.METHODS:
+        assert 0 < metrics["unseen"][method]["pressure"]["mean"] < 1.1
+    assert "2 bodies to learn from, 1 unseen" in capsys.readouterr().out
+    # A finished training is not made again, one of another length is refused.
+    monkeypatch.setattr(sys, "argv", [*command[:2], "4", *command[3:]])
+    with pytest.raises(SystemExit, match="is of another training"):
+        run_windtunnel.main()
 
 
 def test_unseen_cases_are_one_in_five_and_hold_the_whole_mesh() -> None:
