@@ -104,7 +104,10 @@ def run_checkpointed(mesh: Any, case: str) -> Any:
 
 def run_compiled(mesh: Any, case: str) -> Any:
     model = sharded_network(mesh, case=case)
-    loss_of(torch.compile(model, backend="aot_eager"), mesh.get_local_rank()).backward()
+    compiled = torch.compile(model, backend="aot_eager")
+    # Other sizes before, so that it is compiled anew, with symbols in their place.
+    loss_of(compiled, mesh.get_local_rank(), 1)
+    loss_of(compiled, mesh.get_local_rank()).backward()
     return summed(mesh, model)
 
 

@@ -24,6 +24,17 @@ from .sharded_plan import read_groups
 from .sharded_steps import Sharding, attend_sharded
 
 
+def _guarded(module: Any, kv_cache: Any, call: Callable[..., Any], *arguments: Any) -> Any:
+    return module.sharding.guarded(module, kv_cache, lambda: call(*arguments))
+
+
+# A graph of sizes that change would hold symbols where processes agree, and each process would compile at times of its
+# own: what travels is no part of it.
+_outside_graph = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    _guarded, reason="modules whose tokens are spread run outside of the graph: compile without fullgraph=True"
+)
+
+
 class ShardedMixed(MixedAttention):
     """:class:`MixedAttention` of the tokens of this process, with the keys of all."""
 
@@ -42,11 +53,8 @@ class ShardedMixed(MixedAttention):
     ) -> Tensor | tuple[Tensor, KVCache]:
         """Arguments of this process, and its rows of the result; the cache is that of all processes."""
         arguments = (x, token_specs, attention_patterns, key_padding_mask, freqs, kv_cache, return_kv_cache)
-        if torch.compiler.is_compiling():
-            return self._forward(*arguments)
-        result: Tensor | tuple[Tensor, KVCache] = self.sharding.guarded(
-            self, kv_cache, lambda: self._forward(*arguments)
-        )
+        call = _outside_graph if torch.compiler.is_compiling() else _guarded
+        result: Tensor | tuple[Tensor, KVCache] = call(self, kv_cache, self._forward, *arguments)
         return result
 
     def _forward(
@@ -117,9 +125,8 @@ class ShardedMixedForward(MixedForward):
 
     def fused(self, arguments: Arguments) -> Any:
         """As the class that it stands in for; but what it can't compute, its original can't compute either."""
-        if torch.compiler.is_compiling():
-            return self._fused(arguments)
-        return self.sharding.guarded(self, arguments.get("kv_cache"), lambda: self._fused(arguments))
+        call = _outside_graph if torch.compiler.is_compiling() else _guarded
+        return call(self, arguments.get("kv_cache"), self._fused, arguments)
 
     def _fused(self, arguments: Arguments) -> Any:
         result = super().fused(arguments)

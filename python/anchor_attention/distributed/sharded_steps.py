@@ -56,7 +56,7 @@ class Sharding:
         masked: bool,
         whole: bool,
     ) -> ShardedPlan:
-        """Agrees with the other processes, unless that is done, and makes the plan of a call. Not part of a graph.
+        """Agrees with the other processes, unless that is done, and makes the plan of a call.
 
         Args:
             module: The module that is called.
@@ -82,11 +82,6 @@ class Sharding:
         return sharded_plan(
             groups, patterns, rows, fresh, cached, self.layouts.processes, shape, case, self.gather_limit
         )
-
-
-@torch.compiler.disable(reason="processes agree on sizes outside of the graph: compile without fullgraph=True")  # type: ignore[no-untyped-call]
-def _plan_outside_graph(sharding: Sharding, *args: Any) -> ShardedPlan:
-    return sharding.plan(*args)
 
 
 def attend_sharded(
@@ -137,8 +132,7 @@ def attend_sharded(
     elif freqs is not None:
         k = rotate_half_rope(k, tuple(read_tokens(angle, plan) for angle in freqs))
     whole = return_kv_cache or dropout > 0
-    call: Callable[..., ShardedPlan] = _plan_outside_graph if torch.compiler.is_compiling() else Sharding.plan
-    sharded = call(sharding, module, groups, patterns, plan, key_shape(k, v), mask is not None, whole)
+    sharded = sharding.plan(module, groups, patterns, plan, key_shape(k, v), mask is not None, whole)
     table = sharded.table
     table.check(k, v, mask)
 
