@@ -264,3 +264,22 @@ def test_the_package_does_not_import_it_by_itself() -> None:
     assert "anchor_attention.functional" in loaded
     assert "anchor_attention.distributed" not in loaded
     assert "torch.distributed._functional_collectives" not in loaded
+
+
+def compiled_for_sizes(mesh: Any, case_name: str) -> list[float]:
+    graph = torch.compile(sharded_attention, fullgraph=True, dynamic=False, backend="aot_eager")
+    differences = []
+    for n in (20, 14):
+        q, k, v = (torch.randn(1, size, HEADS, WIDTH, requires_grad=True) for size in (n + 10, n, n))
+        reads = KeyRangeTable.from_ranges([[0, n]], [[0, n * mesh.size()]])
+        table = ShardedTable.agree(reads, k, v, mesh, case=case_name)
+        found = graph(q, k, v, table)
+        found.sum().backward()
+        differences.append((found - sharded_attention(q, k, v, table)).abs().max().item())
+    return differences
+
+
+@pytest.mark.parametrize("case_name", ["gathered", "ring"])
+def test_compiles_anew_for_other_sizes(four: Processes, case_name: str) -> None:
+    for differences in four.run(compiled_for_sizes, 2, case_name):
+        assert len(differences) == 2 and max(differences) < TOLERANCE
