@@ -81,7 +81,7 @@ def _times(metrics: dict[str, Any]) -> list[str]:
         "",
         f"That is {openfoam / full['total_seconds']:.0f} times faster than the median case and "
         f"{solver['fastest_seconds'] / full['total_seconds']:.0f} times faster than the fastest one, after",
-        f"{training['seconds'] / 60:.1f} minutes of training "
+        f"{training['seconds'] / 60:.1f} minutes of training, {training['cpu_seconds'] / 60:.1f} on a processor "
         f"({training['steps']:,} steps, {training['parameters']:,} parameters). The surrogate needs",
         "the mesh's cell centres, not OpenFOAM's mesh: any points will do. Streaming:",
         f"{full['points_per_second']:,.0f} cells and faces a second on {environment['threads']} cores, "
