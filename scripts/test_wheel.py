@@ -39,7 +39,8 @@ def pythons() -> list[Path]:
     for directory in map(Path, os.environ.get("PATH", "").split(os.pathsep)):
         # pyenv's shims answer only for the versions that are selected, and slowly.
         if directory != pyenv / "shims":
-            candidates += sorted(directory.glob("python3.[0-9]*"))
+            # Beside an interpreter lie scripts that begin with its name: python3.11-config, python3.11-gdb.py.
+            candidates += sorted(path for path in directory.glob("python3.*") if path.suffix[1:].isdigit())
     candidates += sorted(pyenv.glob("versions/*/bin/python3"))
     found: dict[tuple[int, ...], tuple[tuple[int, ...], Path]] = {}
     script = "import platform, sys; print(platform.python_implementation(), *sys.version_info[:3])"

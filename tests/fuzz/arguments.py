@@ -35,8 +35,17 @@ def _attention(rng: random.Random) -> Arguments:
     q, k, v = (torch.zeros(2, size, heads, head_dim) for size in (n, m, m))
     freqs = torch.ones(rng.choice((1, 2)), n, head_dim // 2, dtype=torch.complex64)
     mask = torch.ones(2, m, dtype=torch.bool)
-    optional = [argument if rng.random() < 0.7 else None for argument in (freqs, mask)]
-    return q, k, v, [0, 2, 3, n], [0, 1, 3], [0, m, 1, 2, 0, 1], *optional, rng.choice((None, 0.5)), False
+    return (
+        q,
+        k,
+        v,
+        [0, 2, 3, n],
+        [0, 1, 3],
+        [0, m, 1, 2, 0, 1],
+        *_optional(rng, freqs, mask),
+        rng.choice((None, 0.5)),
+        False,
+    )
 
 
 def _attention_backward(rng: random.Random) -> Arguments:
@@ -47,6 +56,25 @@ def _attention_backward(rng: random.Random) -> Arguments:
     needs = [rng.random() < 0.7 for _ in range(4)]
     needs[3] = needs[3] and arguments[6] is not None
     return q.clone(), grad_lse, *arguments[:3], q.clone(), lse, *arguments[3:], *needs
+
+
+def _attention_jvp(rng: random.Random) -> Arguments:
+    q, k, v, *table, _, key_mask, scale, _ = _attention(rng)
+    n_tangents = rng.choice((1, 3))
+    known = _optional(rng, torch.zeros_like(q), torch.zeros(q.shape[0], q.shape[2], q.shape[1]))
+    tangents = _optional(rng, *(torch.zeros(n_tangents, *x.shape) for x in (q, k, v)))
+    return q, k, v, *known, *tangents, *table, key_mask, scale
+
+
+def _attention_double_backward(rng: random.Random) -> Arguments:
+    grad_out, grad_lse, q, k, v, out, lse, *table, _, key_mask, scale, _ = _attention_backward(rng)[:14]
+    tangents = _optional(rng, *(torch.zeros_like(x) for x in (q, k, v)))
+    needs = [rng.random() < 0.7 for _ in range(3)]
+    return grad_out, grad_lse, q, k, v, out, lse, *tangents, *table, key_mask, scale, *needs
+
+
+def _optional(rng: random.Random, *tensors: Tensor) -> list[Tensor | None]:
+    return [tensor if rng.random() < 0.6 else None for tensor in tensors]
 
 
 def _rope(rng: random.Random) -> Arguments:
@@ -63,6 +91,8 @@ def _rope_backward(rng: random.Random) -> Arguments:
 OPERATIONS: dict[str, Callable[[random.Random], Arguments]] = {
     "attention": _attention,
     "attention_backward": _attention_backward,
+    "attention_jvp": _attention_jvp,
+    "attention_double_backward": _attention_double_backward,
     "rope": _rope,
     "rope_backward": _rope_backward,
 }
