@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anchor_attention.integrations.noether import accelerate, restore
+from anchor_attention.integrations.noether import accelerate, accelerated_class, restore
 from tests.module_cases import rows_of
 
 if importlib.util.find_spec("noether") is None:
@@ -285,6 +285,20 @@ def test_a_whole_model_stays_the_same(untied: bool) -> None:
                     torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-4 * float(value.abs().max()))
         assert restore(fast) == 7
         assert torch.equal(fast(**inputs)[0]["surface_pressure"], expected["surface_pressure"])
+
+
+def test_no_method_of_ours_shadows_one_that_the_original_forward_calls() -> None:
+    """Where the original forward runs, it runs on our class."""
+    own = {"forward", "extra_repr"}
+    modules = [branch_module("Self").mixed_attention, build(attention.DotProductAttention)]
+    if hasattr(attention, "PerceiverAttention"):
+        modules.append(build(attention.PerceiverAttention))
+    for module in modules:
+        original, fast = type(module), accelerated_class(type(module))
+        assert fast is not None
+        for added in fast.__mro__[: fast.__mro__.index(original)]:
+            shadowed = {name for name in vars(added) if hasattr(original, name) and not name.startswith("__")}
+            assert shadowed <= own, f"{added.__name__}: {shadowed}"
 
 
 @needs_untied

@@ -137,12 +137,12 @@ class ShardedMixedForward(MixedForward):
             )
         return result
 
-    def _attend(
+    def _attend_fused(
         self, x: Tensor, token_specs: Any, patterns: Any, plan: AttentionPlan, **options: Any
     ) -> tuple[Tensor, KVCache | None]:
         groups, named = named_call(x, token_specs, patterns, options["kv_cache"], self.num_heads, self.head_dim)
         if not read_groups(groups, plan.key_slices):
-            return super()._attend(x, token_specs, patterns, plan, **options)
+            return super()._attend_fused(x, token_specs, patterns, plan, **options)
         k, v, project_queries = self._project(x, plan)
         return attend_sharded(self, self.sharding, k, v, project_queries, groups, named, plan, dropout=0.0, **options)
 

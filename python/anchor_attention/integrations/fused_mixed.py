@@ -54,7 +54,7 @@ class MixedForward(FusedForward):
             return None
         if kv_cache is not None and not all(_fits_queries(kv_cache[name], x) for name in plan.cached_names):
             return None
-        attended, cache = self._attend(
+        attended, cache = self._attend_fused(
             x,
             token_specs,
             patterns,
@@ -69,7 +69,7 @@ class MixedForward(FusedForward):
             return out
         return out, None if cache is None else {name: _without_mask(cache[name]) for name in anchors}
 
-    def _attend(
+    def _attend_fused(
         self, x: Tensor, token_specs: Any, patterns: Any, plan: AttentionPlan, **options: Any
     ) -> tuple[Tensor, KVCache | None]:
         """Projects and attends. ``options`` are those of :func:`attend`."""
