@@ -119,7 +119,13 @@ def library_with_model() -> Path:
 
 @pytest.mark.parametrize(
     "cases",
-    ["ops/test_attention.py", "cpu/test_cpu_attention.py", "cpu/test_edge_shapes.py", "cpu/split_float32_cases.py"],
+    [
+        "ops/test_attention.py",
+        "ops/test_derivatives.py",
+        "cpu/test_cpu_attention.py",
+        "cpu/test_edge_shapes.py",
+        "cpu/split_float32_cases.py",
+    ],
 )
 @pytest.mark.parametrize("name", SETS)
 def test_operation(library_with_model: Path, name: str, cases: str) -> None:
