@@ -9,7 +9,6 @@ twice. Writes raw JSON and a table to ``benchmarks/results/<device>/``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from anchor_attention import KeyRangeTable, anchor_attention, anchor_attention_jvp
 from anchor_attention.benchmark.timing import quartiles
 
-from .machine import environment, results_folder
+from .machine import environment, results_folder, write_results
 from .memory import map_large_blocks, peak_of
 
 NAME = "derivatives"
@@ -177,13 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
         "rounds": options.rounds,
         "cases": cases,
     }
-    folder = options.out or results_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = json.dumps(results, indent=1)
-    (folder / f"{NAME}.json").write_text(raw + "\n")
-    page = markdown(json.loads(raw))
-    (folder / f"{NAME}.md").write_text(page)
-    print(page)
+    print(write_results(NAME, results, markdown, options.out or results_folder()))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ round; reported is the median over the rounds. Writes raw JSON and a table to ``
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from anchor_attention.benchmark import ratios
 from anchor_attention.benchmark.timing import quartiles
 from anchor_attention.modules import SelfAnchorAttention
 
-from .machine import environment, results_folder
+from .machine import environment, results_folder, write_results
 
 NAME = "host_overhead"
 BUDGETED, BUDGET_MICROSECONDS = "functional forward", 40.0
@@ -166,13 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
         "calls": options.calls,
         "microseconds": {name: [round(value, 3) for value in values] for name, values in microseconds.items()},
     }
-    folder = options.out or results_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = json.dumps(results, indent=1)
-    (folder / f"{NAME}.json").write_text(raw + "\n")
-    page = markdown(json.loads(raw))
-    (folder / f"{NAME}.md").write_text(page)
-    print(page)
+    print(write_results(NAME, results, markdown, options.out or results_folder()))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 import re
@@ -53,6 +54,16 @@ def results_folder() -> Path:
     name = " ".join((cpu_name(), _cpuinfo_line("cpu family"), _cpuinfo_line("model\t")))
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return RESULTS / slug / anchor_attention.cpu_instruction_sets().selected
+
+
+def write_results(name: str, results: Any, markdown: Callable[[Any], str], folder: Path) -> str:
+    """Writes raw results as JSON and, made from what was written, a page beside them; returns the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = json.dumps(results, indent=1)
+    (folder / f"{name}.json").write_text(raw + "\n")
+    page = markdown(json.loads(raw))
+    (folder / f"{name}.md").write_text(page)
+    return page
 
 
 def environment(threads: int) -> dict[str, Any]:

@@ -52,20 +52,18 @@ def require_packages() -> None:
 
 def train(trainer: Any) -> None:
     """Runs the training under a progress bar."""
-    from tqdm import tqdm
+    from common.training import Progress, train_with_bar
 
-    if trainer.step:
-        print(f"going on at step {trainer.step}, {trainer.done:.0%} done ({trainer.checkpoint})")
-    smooth_loss = None
-    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} % [{elapsed}<{remaining}{postfix}]"
-    silent = os.environ.get("RANK", "0") != "0"
-    with tqdm(total=100.0, initial=100 * trainer.done, desc="training", bar_format=form, disable=silent) as bar:
-        started, first_step = time.monotonic(), trainer.step
-        for progress in trainer.run():
-            smooth_loss = progress.loss if smooth_loss is None else 0.95 * smooth_loss + 0.05 * progress.loss
-            rate = (trainer.step - first_step) / (time.monotonic() - started)
-            bar.set_postfix_str(f"step {progress.step}, loss {smooth_loss:.4f}, {rate:.1f} steps/s", refresh=False)
-            bar.update(100 * trainer.done - bar.n)
+    smooth_loss: float | None = None
+    started, first_step = time.monotonic(), trainer.step
+
+    def describe(progress: Progress) -> str:
+        nonlocal smooth_loss
+        smooth_loss = progress.loss if smooth_loss is None else 0.95 * smooth_loss + 0.05 * progress.loss
+        rate = (trainer.step - first_step) / (time.monotonic() - started)
+        return f"step {progress.step}, loss {smooth_loss:.4f}, {rate:.1f} steps/s"
+
+    train_with_bar(trainer, describe, silent=os.environ.get("RANK", "0") != "0")
 
 
 def summary(errors: Any) -> dict[str, Any]:
@@ -172,10 +170,7 @@ def main() -> None:
     seen, unseen = dataset.split(shapes)
     model_config = ModelConfig.full() if arguments.full else ModelConfig()
     config = TrainingConfig.full() if arguments.full else TrainingConfig()
-    if arguments.steps is not None:
-        config = replace(config, steps=arguments.steps, seconds=arguments.seconds)
-    elif arguments.seconds is not None:
-        config = replace(config, seconds=arguments.seconds, steps=None)
+    config = config.limited(arguments.steps, arguments.seconds)
     checkpoint = arguments.output / "checkpoint.pt"
     if arguments.restart and os.environ.get("RANK", "0") == "0":
         checkpoint.unlink(missing_ok=True)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .branched import BranchedModel
 from .muon import Muon
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,14 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.seconds is None and self.steps is None:
             raise ValueError("seconds or steps must be given, got None for both")
+
+    def limited(self, steps: int | None, seconds: float | None) -> Self:
+        """Returns the same training within the limits that a command line gave, ``None`` for one that it did not."""
+        if steps is not None:
+            return replace(self, steps=steps, seconds=seconds)
+        if seconds is not None:
+            return replace(self, seconds=seconds, steps=None)
+        return self
 
     def progress(self, step: int, seconds: float) -> float:
         """Share of the training that is done, at most 1."""
@@ -208,3 +219,22 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
+
+
+def train_with_bar(trainer: Any, describe: Callable[[Progress], str], silent: bool = False) -> None:
+    """Runs a training to its end under a progress bar.
+
+    Args:
+        trainer: A :class:`Trainer`.
+        describe: What the bar says of a step.
+        silent: Whether there is no bar.
+    """
+    from tqdm import tqdm
+
+    if trainer.step:
+        print(f"going on at step {trainer.step}, {trainer.done:.0%} done ({trainer.checkpoint})")
+    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} % [{elapsed}<{remaining}{postfix}]"
+    with tqdm(total=100.0, initial=100 * trainer.done, desc="training", bar_format=form, disable=silent) as bar:
+        for progress in trainer.run():
+            bar.set_postfix_str(describe(progress), refresh=False)
+            bar.update(100 * trainer.done - bar.n)

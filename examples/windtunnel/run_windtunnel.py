@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +49,17 @@ def require_packages() -> None:
 
 def train(trainer: Any) -> None:
     """Runs the training under a progress bar."""
-    from tqdm import tqdm
+    from common.training import Progress, train_with_bar
 
-    if trainer.step:
-        print(f"going on at step {trainer.step}, {trainer.done:.0%} done ({trainer.checkpoint})")
     smooth: dict[str, float] = {}
-    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} % [{elapsed}<{remaining}{postfix}]"
-    with tqdm(total=100.0, initial=100 * trainer.done, desc="training", bar_format=form) as bar:
-        for progress in trainer.run():
-            smooth = {name: 0.9 * smooth.get(name, value) + 0.1 * value for name, value in progress.errors.items()}
-            errors = ", ".join(f"{name} {smooth[name]:.2f}" for name in ("pressure", "velocity"))
-            bar.set_postfix_str(f"step {progress.step}, errors: {errors}", refresh=False)
-            bar.update(100 * trainer.done - bar.n)
+
+    def describe(progress: Progress) -> str:
+        nonlocal smooth
+        smooth = {name: 0.9 * smooth.get(name, value) + 0.1 * value for name, value in progress.errors.items()}
+        errors = ", ".join(f"{name} {smooth[name]:.2f}" for name in ("pressure", "velocity"))
+        return f"step {progress.step}, errors: {errors}"
+
+    train_with_bar(trainer, describe)
 
 
 def score_cases(model: Any, seen: list[Any], unseen: list[Any], setting: Any) -> list[dict[str, Any]]:
@@ -195,11 +194,7 @@ def main() -> None:
     unseen = [case for case in cases if case.number in unseen_numbers]
     if not seen or not unseen:
         sys.exit(f"run_windtunnel.py needs cases to learn from and unseen ones, got {len(seen)} and {len(unseen)}")
-    config = TrainingConfig()
-    if arguments.steps is not None:
-        config = replace(config, steps=arguments.steps, seconds=arguments.seconds)
-    elif arguments.seconds is not None:
-        config = replace(config, seconds=arguments.seconds, steps=None)
+    config = TrainingConfig().limited(arguments.steps, arguments.seconds)
     checkpoint = arguments.output / "checkpoint.pt"
     if arguments.restart:
         checkpoint.unlink(missing_ok=True)

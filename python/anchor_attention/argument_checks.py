@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ._dtypes import working_dtype
+
 # torch::headeronly::toString, for the dtypes that are met in practice.
 _DTYPE_NAMES = {
     torch.float32: "Float",
@@ -100,7 +102,7 @@ def attention_backward(
         RuntimeError: With the text of the operation.
     """
     lse_shape = (q.shape[0], q.shape[2], q.shape[1])
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lse_dtype = working_dtype(q.dtype)
     out_shape = (*q.shape[:3], v.shape[3])
     _check_shape("grad_out", grad_out, out_shape)
     _check_shape("out", out, out_shape)

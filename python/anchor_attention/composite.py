@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 
 from . import argument_checks
+from ._dtypes import working_dtype
 
 # Elements of one matrix of scores.
 _BLOCK_SCORES = 1 << 24
@@ -40,7 +41,7 @@ def attention_jvp(
     argument_checks.attention(q, k, v, q_ranges, k_offsets, k_ranges, None, key_mask, scale)
     n = argument_checks.attention_tangents(q, k, v, q_tangents, k_tangents, v_tangents, stacked=True)
     known = argument_checks.known_value(q, v, out, lse)
-    working = _working(q)
+    working = working_dtype(q.dtype)
     new_out = q.new_zeros((*q.shape[:3], v.shape[3]))
     new_lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=working)
     out_tangents, lse_tangents = new_out.new_zeros((n, *new_out.shape)), new_lse.new_zeros((n, *new_lse.shape))
@@ -160,10 +161,6 @@ class _Block:
             begin += last - first
 
 
-def _working(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
 def _gathered(
     tensor: torch.Tensor, key_ranges: list[tuple[int, int]], kept: Optional, shared_by: int, dtype: torch.dtype
 ) -> torch.Tensor:
@@ -186,7 +183,7 @@ def _blocks(
 ) -> Iterator[_Block]:
     scale = q.shape[3] ** -0.5 if scale is None else scale
     shared_by = q.shape[2] // max(k.shape[2], 1)
-    working = _working(q)
+    working = working_dtype(q.dtype)
     bounds = zip(q_ranges[::2], q_ranges[1::2], pairwise(k_offsets), strict=True)
     for q_begin, q_end, (first, last) in bounds:
         key_ranges = [(k_ranges[2 * r], k_ranges[2 * r + 1]) for r in range(first, last)]

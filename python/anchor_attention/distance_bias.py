@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from ._dtypes import working_dtype
+
 
 def with_distance_bias(
     q: torch.Tensor,
@@ -54,7 +56,7 @@ def with_distance_bias(
                 f"{name} must be ({tensor.shape[0]} or 1, {tensor.shape[1]}, {k_positions.shape[-1]}), "
                 f"got shape {tuple(positions.shape)}"
             )
-    working = torch.float64 if q.dtype == torch.float64 else torch.float32
+    working = working_dtype(q.dtype)
     x, y = q_positions.to(working), k_positions.to(working)
     if y.shape[1] > 0:
         origin = y.mean(dim=(0, 1), keepdim=True)

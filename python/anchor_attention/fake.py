@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import argument_checks
+from ._dtypes import working_dtype
 
 
 @torch.library.register_fake("anchor_attention::attention")
@@ -22,8 +23,7 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     argument_checks.attention(q, k, v, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale)
     batch, n_queries, heads, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((batch, heads, n_queries), dtype=lse_dtype)
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((batch, heads, n_queries), dtype=working_dtype(q.dtype))
 
 
 @torch.library.register_fake("anchor_attention::attention_backward")

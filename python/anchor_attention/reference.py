@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from ._dtypes import working_dtype
 from .key_range_table import KeyRangeTable
 
 
 def rope_reference(x: torch.Tensor, freqs: torch.Tensor) -> torch.Tensor:
     """Rotates interleaved pairs by complex factors; see :func:`anchor_attention.rope`."""
-    working = torch.float64 if x.dtype == torch.float64 else torch.float32
+    working = working_dtype(x.dtype)
     re, im = x[..., ::2].to(working), x[..., 1::2].to(working)
     cos, sin = freqs.real.to(working).unsqueeze(2), freqs.imag.to(working).unsqueeze(2)
     return torch.stack((re * cos - im * sin, re * sin + im * cos), dim=-1).flatten(-2).to(x.dtype)
@@ -36,7 +37,7 @@ def anchor_attention_reference(
         q = rope_reference(q, q_freqs)
     if k_freqs is not None:
         k = rope_reference(k, k_freqs)
-    working = torch.float64 if q.dtype == torch.float64 else torch.float32
+    working = working_dtype(q.dtype)
     shared_by = q.shape[2] // max(k.shape[2], 1)
     if shared_by > 1:
         k, v = k.repeat_interleave(shared_by, dim=2), v.repeat_interleave(shared_by, dim=2)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._dtypes import working_dtype
 from .collectives import gather, scatter_sum, sum_all, wait
-from .packing import pack, sum_dtype, unpack, unpack_gradients
+from .packing import pack, unpack, unpack_gradients
 from .sharded_table import ShardedTable
 
 KEYS = "keys and values of the other processes"
@@ -82,7 +83,7 @@ def _packed_gradients(grads: tuple[Tensor | None, Tensor | None], table: Sharded
     shape = table.shape
     n_rows = table.processes.size * table.width
     packed = torch.empty(
-        n_rows, shape.batch, shape.heads, shape.k_width + shape.v_width, dtype=sum_dtype(shape.dtype), device=like
+        n_rows, shape.batch, shape.heads, shape.k_width + shape.v_width, dtype=working_dtype(shape.dtype), device=like
     )
     for rows, grad in zip(unpack(packed, shape.k_width), grads, strict=True):
         rows.zero_() if grad is None else rows.copy_(grad)
@@ -157,7 +158,7 @@ class _SumGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
         table = ctx.table
-        packed = torch.cat((grad_k, grad_v), dim=-1).to(sum_dtype(grad_k.dtype))
+        packed = torch.cat((grad_k, grad_v), dim=-1).to(working_dtype(grad_k.dtype))
         packed = wait(sum_all(packed, table.processes, GRADIENTS), GRADIENTS)
         width = table.shape.k_width
         return packed[..., :width].to(grad_k.dtype), packed[..., width:].to(grad_v.dtype), None

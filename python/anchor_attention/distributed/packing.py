@@ -45,8 +45,3 @@ def unpack_gradients(packed: Tensor, table: ShardedTable, dtype: torch.dtype) ->
         grad_v[:, begin:end] = v_rows[:, place:stop]
         place = stop
     return grad_k, grad_v
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which type gradients are summed over the processes."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

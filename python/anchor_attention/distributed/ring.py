@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._dtypes import working_dtype
 from .collectives import send_on, wait
 from .gathered import GRADIENTS, KEYS
-from .packing import pack, sum_dtype, unpack, unpack_gradients
+from .packing import pack, unpack, unpack_gradients
 from .sharded_table import ShardedTable
 
 _attention = torch.ops.anchor_attention.attention.default
@@ -70,7 +71,7 @@ class _Ring(torch.autograd.Function):
         allow_tf32: bool,
     ) -> tuple[Tensor, Tensor]:
         processes, shape = table.processes, table.shape
-        wide = sum_dtype(q.dtype)
+        wide = working_dtype(q.dtype)
         n_local = table.n_sent(processes.rank)
         packed = block = pack(k, v, table.sent[processes.rank], n_local)
         out = q.new_zeros(*q.shape[:3], shape.v_width, dtype=wide)
@@ -101,7 +102,7 @@ class _Ring(torch.autograd.Function):
         # Every process goes round, also one whose result nobody used.
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         need_q, need_q_freqs = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
-        wide = sum_dtype(q.dtype)
+        wide = working_dtype(q.dtype)
         grad_q = torch.zeros_like(q, dtype=wide) if need_q else None
         grad_freqs = torch.zeros_like(q_freqs) if need_q_freqs else None
         sums = block.new_zeros(block.shape, dtype=wide)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._dtypes import working_dtype
 from .config import RopeFrequencyConfig
 
 
@@ -123,7 +124,7 @@ def rotate_half_rope(x: Tensor, angles: tuple[Tensor, ...]) -> Tensor:
         raise ValueError(
             f"freqs must be angles of even widths, together at most the head dimension {x.shape[-1]}, got {widths}"
         )
-    compute_type = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute_type = working_dtype(x.dtype)
     *blocks, rest = torch.split(x.to(compute_type), [*widths, x.shape[-1] - sum(widths)], dim=-1)
     rotated = []
     for block, angle in zip(blocks, angles, strict=True):
