@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import re
 import subprocess
 import sys
@@ -344,6 +345,21 @@ def test_a_quick_run_leaves_everything(tmp_path: Path) -> None:
     assert ceilings["matmul_float32"][1] > 0
     assert "fma_float32" in ceilings or ceilings["not_measured"]["fma_float32"]
     assert "wide_heads" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the sets are those of x86")
+def test_a_ceiling_is_that_of_the_instruction_set_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = anchor_attention.cpu_instruction_sets()._replace(selected="baseline")
+    monkeypatch.setattr(anchor_attention, "cpu_instruction_sets", lambda: sets)
+    machine.register_library.cache_clear()
+    try:
+        _, operations = machine.register_ceiling("fma_float32", 1)
+        # Twelve chains of four floats, multiplied and added, whatever vectors the processor has.
+        assert operations == 2 * 12 * 4 * machine.REGISTER_ITERATIONS
+        with pytest.raises(NotSupportedError, match="no such instruction"):
+            machine.register_ceiling("dot_bfloat16", 1)
+    finally:
+        machine.register_library.cache_clear()
 
 
 def test_the_default_suite_covers_levels_dtypes_passes_and_patterns() -> None:

@@ -18,6 +18,7 @@ from ..modules.kv_cache import CacheEntry, KVCache
 from ..modules.mixed import MixedAttention
 from ..modules.multi_branch import MultiBranchAnchorAttention
 from ..modules.plan import AttentionPlan, bounded_cache
+from ..modules.projection import project
 from ..modules.steps import named_call, plan_call, project_keys
 from ..patterns import AttentionPattern, TokenSpec
 from .sharded_plan import read_groups
@@ -97,7 +98,7 @@ class ShardedMixed(MixedAttention):
             return_kv_cache=return_kv_cache,
             dropout=self.dropout if self.training else 0.0,
         )
-        out: Tensor = self.proj(attended)
+        out: Tensor = project(self.proj, attended)
         return out if cache is None else (out, cache)
 
 

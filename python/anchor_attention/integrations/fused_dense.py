@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..functional import anchor_attention, rope
 from ..key_range_table import KeyRangeTable
 from ..modules.plan import bounded_cache
+from ..modules.projection import project
 from ..modules.steps import readable, split_heads
 from .fused_forward import Arguments, FusedForward, arguments_of, same_batch
 
@@ -27,9 +28,9 @@ class DotProductForward(FusedForward):
             return None
         qkv = getattr(self, "qkv", None)
         if isinstance(qkv, nn.Module):
-            q, k, v = split_heads(qkv(x), 3, self.num_heads, self.head_dim).unbind(2)
+            q, k, v = split_heads(project(qkv, x), 3, self.num_heads, self.head_dim).unbind(2)
         elif self._are_plain("q", "k", "v"):
-            q, k, v = (self._heads(layer(x)) for layer in (self.q, self.k, self.v))
+            q, k, v = (self._heads(project(layer, x)) for layer in (self.q, self.k, self.v))
         else:
             return None
         freqs = None if freqs is None else readable(freqs)
@@ -42,7 +43,7 @@ class DotProductForward(FusedForward):
             k_freqs=freqs,
             key_mask=_key_mask(mask, x.shape[0]),
         )
-        out: Tensor = self.proj_dropout(self.proj(attended.flatten(2)))
+        out: Tensor = self.proj_dropout(project(self.proj, attended.flatten(2)))
         return out
 
 
@@ -75,9 +76,9 @@ class PerceiverForward(FusedForward):
                 return None
             packed = getattr(self, "kv", None)
             if isinstance(packed, nn.Module):
-                k, v = split_heads(packed(kv), 2, self.num_heads, self.head_dim).unbind(2)
+                k, v = split_heads(project(packed, kv), 2, self.num_heads, self.head_dim).unbind(2)
             elif self._are_plain("k", "v"):
-                k, v = self._heads(self.k(kv)), self._heads(self.v(kv))
+                k, v = self._heads(project(self.k, kv)), self._heads(project(self.v, kv))
             else:
                 return None
             k = self._normalised("k_norm", k)

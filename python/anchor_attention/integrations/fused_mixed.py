@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..modules.kv_cache import CacheEntry, KVCache
 from ..modules.plan import AttentionPlan
+from ..modules.projection import project
 from ..modules.steps import attend, plan_call, project_packed, read_tokens
 from .fused_forward import Arguments, FusedForward, angles_fit, arguments_of, same_batch
 
@@ -64,7 +65,7 @@ class MixedForward(FusedForward):
             kv_cache=kv_cache,
             return_kv_cache=returns_cache,
         )
-        out = self.proj(attended)
+        out = project(self.proj, attended)
         if not self._returns_cache():
             return out
         return out, None if cache is None else {name: _without_mask(cache[name]) for name in anchors}
@@ -83,8 +84,8 @@ class MixedForward(FusedForward):
             q, k, v = project_packed(packed, x, plan, self.num_heads)
             return self._normalised("k_norm", k), v, lambda: self._normalised("q_norm", q)
         read = read_tokens(x, plan)
-        k, v = self._heads(self.k(read)), self._heads(self.v(read))
-        return self._normalised("k_norm", k), v, lambda: self._normalised("q_norm", self._heads(self.q(x)))
+        k, v = self._heads(project(self.k, read)), self._heads(project(self.v, read))
+        return self._normalised("k_norm", k), v, lambda: self._normalised("q_norm", self._heads(project(self.q, x)))
 
     def _fits(self, arguments: Arguments, x: Any, mask: Any, freqs: Any) -> bool:
         if arguments.get("attention_mask") is not None or not self._is_usual(arguments):

@@ -15,7 +15,7 @@ from .checks import check_groups, check_inputs, group_size
 from .config import LatentAttentionConfig, default, given, resolve_config
 from .multi_branch import check_complete, tokens_by_branch
 from .plan import bounded_cache
-from .projection import initialise, make_norm
+from .projection import initialise, make_norm, project
 from .steps import readable, split_heads
 
 Ranges = tuple[tuple[int, int], ...]
@@ -138,10 +138,10 @@ class LatentAttention(nn.Module):
         check_inputs(x, self.num_heads, self.head_dim, False, key_padding_mask, None, layer=self.k)
         plan = self._plan(x, token_specs, latent_cache is None)
         queries = self._latent_queries(x, latents)
-        keys = split_heads(self.k(x), self.num_heads, self.head_dim)
+        keys = split_heads(project(self.k, x), self.num_heads, self.head_dim)
         keys = self.k_norm(keys).to(keys.dtype)
         if latent_cache is None:
-            values = split_heads(self.v(_select(x, plan.encoded)), self.num_heads, self.head_dim)
+            values = split_heads(project(self.v, _select(x, plan.encoded)), self.num_heads, self.head_dim)
             mask = None if key_padding_mask is None else readable(_select(key_padding_mask, plan.encoded))
             latent_cache = anchor_attention(
                 queries, _select(keys, plan.encoded), values, plan.encode, key_mask=mask, scale=self.scale
@@ -151,7 +151,7 @@ class LatentAttention(nn.Module):
                 f"latent_cache must have shape {(x.shape[0], *self.latents.shape)}, got {tuple(latent_cache.shape)}"
             )
         attended = anchor_attention(keys, queries, latent_cache, plan.decode, scale=self.scale)
-        out: Tensor = self.proj(attended.flatten(2))
+        out: Tensor = project(self.proj, attended.flatten(2))
         return (out, latent_cache) if return_latent_cache else out
 
     def _latent_queries(self, x: Tensor, latents: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from ..patterns import AttentionPattern, TokenSpec
 from .checks import Freqs, check_inputs
 from .config import MixedAttentionConfig, default, given, resolve_config
 from .kv_cache import CacheEntry, KVCache
-from .projection import initialise, make_norm
+from .projection import initialise, make_norm, project
 from .steps import attend, plan_call, project_packed
 
 
@@ -134,7 +134,7 @@ class MixedAttention(nn.Module):
             return_kv_cache=return_kv_cache,
             dropout=self.dropout if self.training else 0.0,
         )
-        out = self.proj(attended)
+        out = project(self.proj, attended)
         return out if cache is None else (out, cache)
 
     def extra_repr(self) -> str:

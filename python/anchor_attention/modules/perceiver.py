@@ -13,7 +13,7 @@ from ..key_range_table import KeyRangeTable
 from .checks import check_beside, check_has_data, check_inputs, check_tensor
 from .config import PerceiverAttentionConfig, default, given, resolve_config
 from .plan import bounded_cache
-from .projection import initialise, make_norm
+from .projection import initialise, make_norm, project
 from .steps import readable, split_heads
 
 
@@ -126,7 +126,7 @@ class PerceiverAttention(nn.Module):
         else:
             assert kv_cache is not None
             keys, values = self._cached(kv_cache)
-        queries = split_heads(self.q(q), self.num_heads, self.head_dim)
+        queries = split_heads(project(self.q, q), self.num_heads, self.head_dim)
         attended = anchor_attention(
             self.q_norm(queries).to(queries.dtype),
             keys,
@@ -135,7 +135,7 @@ class PerceiverAttention(nn.Module):
             q_freqs=None if q_freqs is None else readable(q_freqs),
             key_mask=key_padding_mask,
         )
-        out: Tensor = self.proj(attended.flatten(2))
+        out: Tensor = project(self.proj, attended.flatten(2))
         return (out, {"k": keys.transpose(1, 2), "v": values.transpose(1, 2)}) if return_kv_cache else out
 
     def _project(self, kv: Tensor, k_freqs: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,11 +149,11 @@ class PerceiverAttention(nn.Module):
         if self.use_rope != (k_freqs is not None):
             given = "None" if k_freqs is None else type(k_freqs).__name__
             raise ValueError(f"RoPE usage mismatch: use_rope={self.use_rope}, but k_freqs={given}")
-        keys = split_heads(self.k(kv), self.num_kv_heads, self.head_dim)
+        keys = split_heads(project(self.k, kv), self.num_kv_heads, self.head_dim)
         keys = self.k_norm(keys).to(keys.dtype)
         if k_freqs is not None:
             keys = rope(keys, readable(k_freqs))
-        return keys, split_heads(self.v(kv), self.num_kv_heads, self.head_dim)
+        return keys, split_heads(project(self.v, kv), self.num_kv_heads, self.head_dim)
 
     def _cached(self, kv_cache: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         for kind in ("k", "v"):

@@ -1,5 +1,5 @@
-"""Projections: how they are initialised, and when the weight of one says all about it, so that a part of it can be used
-without calling the layer.
+"""Projections: how they are initialised, when the weight of one says all about it, so that a part of it can be used
+without calling the layer, and in which type they are computed.
 
 Much of what other packages do to a layer shows only when it is called: hooks that recompute, prune, gather or load its
 weight, parametrisations, quantised weights, a ``forward`` of its own. What is not surely a plain layer is called.
@@ -7,8 +7,11 @@ weight, parametrisations, quantised weights, a ``forward`` of its own. What is n
 
 from __future__ import annotations
 
+import functools
+import platform
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Private, but the only place where hooks of all modules are kept.
 from torch.nn.modules import module as _module
@@ -42,6 +45,53 @@ def initialise(module: nn.Module, init_weights: str, proj: nn.Linear) -> None:
             nn.init.zeros_(child.bias)
 
 
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)``; a plain linear layer is computed as :func:`linear` does."""
+    if _narrow_dtype(x) is not None and is_plain_linear(layer):
+        return linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+    result: Tensor = layer(x)
+    return result
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``torch.nn.functional.linear``, in float32 where the processor has no products of the 16-bit type asked for.
+
+    There torch multiplies element by element: on a processor with AVX2 alone, tens of times slower than in float32. The
+    result is of the type that ``linear`` would return, rounded once.
+    """
+    narrow = _narrow_dtype(x)
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    # Without autocast, types that differ are an error, which torch words better.
+    if narrow is None or not (torch.is_autocast_enabled("cpu") or all(tensor.dtype == narrow for tensor in tensors)):
+        return nn.functional.linear(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        return nn.functional.linear(*(tensor.float() for tensor in tensors)).to(narrow)
+
+
+def _narrow_dtype(x: Tensor) -> torch.dtype | None:
+    """The 16-bit type in which torch would multiply x, if this processor has no products of it; else None.
+
+    A compiled or exported graph keeps its own type: it may run elsewhere.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.dtype == torch.float64:
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return None if dtype not in (torch.bfloat16, torch.float16) or _has_products(dtype) else dtype
+
+
+@functools.cache
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether torch's products of matrices of a 16-bit type use instructions of this processor."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    # oneDNN looks at the processor, and torch's own kernels may be held to less.
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return False
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    is_supported = getattr(torch.ops.mkldnn, name, None)
+    return is_supported is None or bool(is_supported())
+
+
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether calling the layer is the same as ``linear(x, layer.weight, layer.bias)``, and nothing besides."""
     if type(layer) is not nn.Linear or "forward" in vars(layer) or nn.Linear.forward is not _FORWARD:
@@ -69,6 +119,6 @@ def _any_global_hook() -> bool:
     return False
 
 
-def _is_plain(tensor: torch.Tensor | None) -> bool:
+def _is_plain(tensor: Tensor | None) -> bool:
     # torch.func puts plain tensors in the place of parameters, and torch.export fake ones.
-    return type(tensor) in (nn.Parameter, torch.Tensor) or type(tensor).__module__ == "torch._subclasses.fake_tensor"
+    return type(tensor) in (nn.Parameter, Tensor) or type(tensor).__module__ == "torch._subclasses.fake_tensor"

@@ -15,7 +15,7 @@ from ..patterns import AttentionPattern, TokenSpec
 from .checks import Freqs, check_groups, check_patterns, group_size
 from .kv_cache import CacheEntry, KVCache, append_cached, cached_size, check_cache, make_cache
 from .plan import AttentionPlan, GroupSize, Pattern, attention_plan
-from .projection import is_plain_linear
+from .projection import is_plain_linear, linear, project
 from .rope import rotate_half_rope
 
 
@@ -89,7 +89,7 @@ def project_packed(qkv: nn.Module, x: Tensor, plan: AttentionPlan, num_heads: in
         q (B, N, H, D) and k, v (B, tokens read, H, D): views of one or two packed projections.
     """
     if plan.reads_all:
-        q, k, v = split_heads(qkv(x), 3, num_heads, x.shape[2] // num_heads).unbind(2)
+        q, k, v = split_heads(project(qkv, x), 3, num_heads, x.shape[2] // num_heads).unbind(2)
         return q, k, v
     k, v, project_queries = project_keys(qkv, x, plan, num_heads)
     return project_queries(), k, v
@@ -102,7 +102,7 @@ def project_keys(
     dim = x.shape[2]
     heads = (num_heads, dim // num_heads)
     if not is_plain_linear(qkv):
-        q, k, v = split_heads(qkv(x), 3, *heads).unbind(2)
+        q, k, v = split_heads(project(qkv, x), 3, *heads).unbind(2)
         return read_tokens(k, plan), read_tokens(v, plan), lambda: q
     layer = cast(nn.Linear, qkv)
     rows = [dim, 2 * dim]
@@ -110,12 +110,12 @@ def project_keys(
     q_bias, kv_bias = (None, None) if layer.bias is None else layer.bias.split_with_sizes(rows)
 
     def project_queries() -> Tensor:
-        return split_heads(nn.functional.linear(x, q_weight, q_bias), *heads)
+        return split_heads(linear(x, q_weight, q_bias), *heads)
 
     if not plan.read_slices:
         q = project_queries()
         return q[:, :0], q[:, :0], lambda: q
-    kv = nn.functional.linear(read_tokens(x, plan), kv_weight, kv_bias)
+    kv = linear(read_tokens(x, plan), kv_weight, kv_bias)
     k, v = split_heads(kv, 2, *heads).unbind(2)
     return k, v, project_queries
 
