@@ -201,6 +201,8 @@ GPU = tuple(
     replace(workload, branches=GPU_BRANCHES[workload.name], batch=8 if workload.name == "ragged_batch" else 1)
     for workload in CPU
 )
+# Head sizes that models have and no workload above: the GPU's tiles differ from size to size.
+GPU += tuple(replace(GPU[0], name=f"drivaer_train_hd{head_dim}", dim=3 * head_dim) for head_dim in (32, 96, 128))
 
 
 def shrink(workload: Workload, factor: int) -> Workload:

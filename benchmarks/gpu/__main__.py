@@ -48,7 +48,10 @@ def suite(device: str, quick: bool, folder: Path) -> list[Stage]:
     """The stages, the checks first: what they leave of their time goes to the benchmarks."""
     options = ("--device", device, *(("--quick",) if quick else ()))
     profile = {"HYPOTHESIS_PROFILE": "brief"}
-    small_shapes = ("-m", "benchmarks.gpu.small_shapes", *options)
+    apart = ("-m", "benchmarks.gpu.apart", "--case-seconds")
+    # Tiny inputs: what takes seconds on a GPU hangs. A busy CPU shows no more than that the suite works.
+    small, large = ("10", "40") if device == "cuda" else ("120", "120")
+    small_shapes = (*apart, small, "benchmarks.gpu.small_shapes", *options)
     # A process of its own for each head size: an illegal access takes all that comes after it in its process.
     head_dims = QUICK_HEAD_DIMS if quick else HEAD_DIMS
     stages = [
@@ -108,7 +111,7 @@ def suite(device: str, quick: bool, folder: Path) -> list[Stage]:
         *stages,
         Stage(
             "benchmarks",
-            ("-m", "benchmarks.gpu.table", *options, "--out", str(folder)),
+            (*apart, large, "benchmarks.gpu.table", *options, "--out", str(folder)),
             200,
             keeps_time=True,
             makes=(CASES,),

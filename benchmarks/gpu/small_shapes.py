@@ -17,6 +17,7 @@ from torch import Tensor
 
 from anchor_attention import KeyRangeTable, anchor_attention
 
+from .apart import AGAIN, NEXT, RIGHT, WRONG, add_options
 from .small_shape_sizes import HEAD_DIMS, QUICK_HEAD_DIMS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -109,6 +110,17 @@ def worst_error(call: Call, table: KeyRangeTable) -> tuple[float, str]:
     return errors[worst], worst
 
 
+def is_poisoned(device: str) -> bool:
+    """Whether nothing runs on the device any more in this process: an illegal access ends its context."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def _wide(tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.bool:
         return tensor.cpu()
@@ -121,22 +133,31 @@ def main() -> int:
     command.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     command.add_argument("--quick", action="store_true", help="fewer head dimensions")
     command.add_argument("--head-dims", nargs="+", type=int, default=[], help="these only")
+    add_options(command)
     arguments = command.parse_args()
     torch.manual_seed(0)
-    failures = 0
+    failures = int(arguments.lost != "")
     head_dims = arguments.head_dims or (QUICK_HEAD_DIMS if arguments.quick else HEAD_DIMS)
-    for dtype, head_dim, (name, table) in itertools.product(DTYPES, head_dims, TABLES.items()):
+    cases = list(itertools.product(DTYPES, head_dims, TABLES.items()))
+    for dtype, head_dim, (name, table) in cases[arguments.first :]:
         # Before it runs: a case that takes the GPU with it is the last one named.
         case = f"{dtype}, head_dim {head_dim}, {name}"
-        print(f"next: {case}", flush=True)
-        error, which = worst_error(make_call(dtype, head_dim, arguments.device), table)
+        print(f"{NEXT}{case}", flush=True)
+        try:
+            error, which = worst_error(make_call(dtype, head_dim, arguments.device), table)
+        except RuntimeError as reason:
+            print(f"FAILED: {case}: {reason}", flush=True)
+            if is_poisoned(arguments.device):
+                return AGAIN
+            failures += 1
+            continue
         bound = EPSILONS[dtype] * torch.finfo(dtype).eps
         right = error <= bound
         failures += not right
         verdict = "right" if right else "WRONG"
         print(f"{verdict}: {case}: {which} is off by {error:.1e}, allowed {bound:.1e}", flush=True)
     print(f"{failures} wrong")
-    return int(failures > 0)
+    return WRONG if failures else RIGHT
 
 
 if __name__ == "__main__":

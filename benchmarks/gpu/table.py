@@ -6,6 +6,7 @@ Every finished case is on disk at once, the table with it; when the time is spen
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,7 +36,9 @@ from ..cases import (
 )
 from ..report import CASES
 from ..workloads import GPU, shrink
+from .apart import AGAIN, NEXT, RIGHT, WRONG, add_options
 from .peers import BACKENDS, LIBRARIES, SM80, library_contestant, on_sm80_kernels, with_backend
+from .small_shapes import is_poisoned
 from .stages import write_json
 from .timing import interleave_cold, peak_above_inputs
 
@@ -158,23 +161,26 @@ def errors_of(case: Case, quick: bool, device: str) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures until all is measured or the time is spent; returns how many cases failed."""
+    """Measures until all is measured or the time is spent; returns the status that :mod:`.apart` wants."""
     begin = time.monotonic()
     cases = suite(arguments.quick)
     rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
-    records: list[dict[str, Any]] = []
-    failures = 0
-    for i, (case, peers) in enumerate(cases):
+    path = arguments.out / CASES
+    # Of the processes before this one.
+    records: list[dict[str, Any]] = json.loads(path.read_text()) if arguments.first and path.is_file() else []
+    if arguments.lost:
+        records.append(cases[arguments.first - 1][0].describe() | {"failed": arguments.lost})
+        write_json(path, records)
+    for i, (case, peers) in enumerate(cases[arguments.first :], start=arguments.first):
         if time.monotonic() - begin > arguments.seconds:
             print(f"the time is spent: {len(cases) - i} of {len(cases)} cases are not measured")
             break
         # Before it runs: a case that takes the GPU with it is the last one named.
         label = f"{case.level} {case.workload.name} {case.pattern} {case.dtype} {case.passes}"
-        print(f"next: {label}", flush=True)
+        print(f"{NEXT}{label}", flush=True)
         try:
             record = measure(case, peers, rounds, arguments.device)
         except RuntimeError as error:
-            failures += 1
             print(f"{label}: FAILED: {error}", flush=True)
             records.append(case.describe() | {"failed": str(error)})
         else:
@@ -184,10 +190,12 @@ def run(arguments: argparse.Namespace) -> int:
                 record["relative_error_not_measured"] = str(error).partition("\n")[0]
             records.append(record)
             print(f"{label}: {_line(record)}", flush=True)
-        write_json(arguments.out / CASES, records)
+        write_json(path, records)
+        if is_poisoned(arguments.device):
+            return AGAIN
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
-    return failures
+    return WRONG if any("failed" in record for record in records) else RIGHT
 
 
 def _line(record: dict[str, Any]) -> str:
@@ -205,7 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--quick", action="store_true", help="tiny sizes and few rounds")
     command.add_argument("--seconds", type=float, default=300.0, help="no case starts after them")
     command.add_argument("--out", type=Path, required=True, help="folder of the results")
-    return int(run(command.parse_args(argv)) > 0)
+    add_options(command)
+    return run(command.parse_args(argv))
 
 
 if __name__ == "__main__":

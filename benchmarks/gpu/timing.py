@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,8 +15,10 @@ T = TypeVar("T")
 
 # Many times the level-2 cache of any GPU yet.
 FLUSH_BYTES = 2**30
-# About a millisecond in which the GPU waits: the host launches meanwhile all that a call consists of.
-WAIT_CYCLES = 2_000_000
+# No GPU's clock is faster yet. The GPU waits until the host has launched all that a call consists of, and at least a
+# millisecond; a contestant that waits for the GPU itself makes the host's time meaningless, hence the most.
+CYCLES_PER_SECOND = 2.2e9
+LEAST_WAIT_SECONDS, MOST_WAIT_SECONDS, WAITS_PER_LAUNCH = 1e-3, 20e-3, 2.0
 
 
 def interleave_cold(
@@ -35,10 +39,13 @@ def interleave_cold(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
 
-    def occupy() -> None:
+    if flushed is not None:
+        cycles = {name: wait_cycles(_launch_seconds(contestants[name], inputs[0])) for name in names}
+
+    def occupy(name: str) -> None:
         if flushed is not None:
             flushed.zero_()
-            torch.cuda._sleep(WAIT_CYCLES)
+            torch.cuda._sleep(cycles[name])
 
     for i in range(rounds):
         first = i % len(names)
@@ -47,8 +54,23 @@ def interleave_cold(
             seconds[name].append(
                 wall_seconds(contestants[name], chosen)
                 if flushed is None
-                else cuda_seconds(contestants[name], chosen, occupy)
+                else cuda_seconds(contestants[name], chosen, partial(occupy, name))
             )
+    return seconds
+
+
+def wait_cycles(launch_seconds: float) -> int:
+    """How long the GPU is kept waiting for a host that launches a call in `launch_seconds`."""
+    seconds = min(MOST_WAIT_SECONDS, max(LEAST_WAIT_SECONDS, WAITS_PER_LAUNCH * launch_seconds))
+    return round(seconds * CYCLES_PER_SECOND)
+
+
+def _launch_seconds(contestant: Callable[[T], object], inputs: T) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    result = contestant(inputs)
+    seconds = time.perf_counter() - begin
+    del result
     return seconds
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 from benchmarks.gpu import __main__ as command_line
-from benchmarks.gpu import package, report, small_shapes, table
+from benchmarks.gpu import apart, package, report, small_shapes, table
 from benchmarks.gpu.peers import LIBRARIES, library_contestant, per_group
 from benchmarks.gpu.small_shape_sizes import HEAD_DIMS
 from benchmarks.gpu.stages import FAILED, MISSING, PASSED, ROOT, STAGES, TIMED_OUT, Stage, run_stages, write_json
 from benchmarks.gpu.summary import CASES, ENVIRONMENT, SUMMARY, write_summary
-from benchmarks.gpu.timing import interleave_cold
+from benchmarks.gpu.timing import interleave_cold, wait_cycles
 from torch.nn.functional import scaled_dot_product_attention
 
 from anchor_attention import KeyRangeTable, anchor_attention
@@ -184,6 +184,75 @@ def test_results_of_an_earlier_run_do_not_pass_for_new_ones(tmp_path: Path) -> N
     assert not (tmp_path / CASES).exists()
 
 
+# Eight cases: one is wrong, one hangs, one ends the process, one spoils the device for those behind it.
+WORKER = """
+import os, sys, time
+first, lost = int(sys.argv[sys.argv.index("--first") + 1]), sys.argv[sys.argv.index("--lost") + 1]
+print(f"from {first}: {lost}")
+for i in range(first, 8):
+    print(f"next: {i}", flush=True)
+    if i == 2:
+        time.sleep(60)
+    if i == 4:
+        os.abort()
+    if i == 5:
+        sys.exit(4)
+sys.exit(3 if 1 >= first else 0)
+"""
+
+
+def test_a_case_that_hangs_or_crashes_is_lost_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    def command(first: int, lost: str) -> list[str]:
+        return [sys.executable, "-u", "-c", WORKER, "--first", str(first), "--lost", lost]
+
+    assert apart.run_apart(command, case_seconds=2.0, start_seconds=60.0) == 1
+    lines = capfd.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("LOST")] == [
+        "from 0: ", "next: 0", "next: 1", "next: 2",
+        "from 3: did not end within 2 s", "next: 3", "next: 4",
+        "from 5: the process ended with status -6", "next: 5",
+        "from 6: ", "next: 6", "next: 7",
+    ]  # fmt: skip
+    assert [line for line in lines if line.startswith("LOST")] == [
+        "LOST: did not end within 2 s", "LOST: the process ended with status -6",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "expected"), [("", 0), ("sys.exit(3)", 1), ("1 / 0", 1), ("time.sleep(60)", 1)])
+def test_a_process_that_begins_no_case(code: str, expected: int) -> None:
+    def command(first: int, lost: str) -> list[str]:
+        assert first == 0 and lost == ""
+        return [sys.executable, "-c", f"import sys, time; {code}"]
+
+    assert apart.run_apart(command, case_seconds=1.0, start_seconds=1.0 if "sleep" in code else 60.0) == expected
+
+
+def test_the_cases_behind_a_lost_one_get_the_time_that_is_left(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "worker.py").write_text(
+        "import os, sys\nprint('next: case')\nprint(*sys.argv[1:])\nif '0' in sys.argv: os._exit(9)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert apart.main(["--case-seconds", "60", "worker", "--device", "cpu", "--seconds", "50", "--out", "x"]) == 1
+    first, second = (line.split() for line in capfd.readouterr().out.splitlines() if line.startswith("--device"))
+    assert first[:8] == ["--device", "cpu", "--out", "x", "--first", "0", "--lost", "--seconds"]
+    assert second[4:6] == ["--first", "1"] and "ended with status 9" in " ".join(second)
+    assert 0 < float(second[-1]) < float(first[-1]) <= 50
+
+
+def test_the_table_goes_on_behind_a_lost_case(tmp_path: Path) -> None:
+    command = ["--device", "cpu", "--quick", "--out", str(tmp_path), "--seconds", "-1"]
+    write_json(tmp_path / CASES, [{"level": "op"}])
+    assert table.main([*command, "--first", "2", "--lost", "did not end within 40 s"]) == apart.WRONG
+    first, lost = json.loads((tmp_path / CASES).read_text())
+    assert first == {"level": "op"} and lost["level"] == "module" and lost["failed"] == "did not end within 40 s"
+
+
+def test_the_gpu_waits_until_the_host_has_launched() -> None:
+    assert [wait_cycles(seconds) for seconds in (0.0, 2e-3, 1.0)] == [2_200_000, 8_800_000, 44_000_000]
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_the_suite_has_every_check_on_either_device(device: str, tmp_path: Path) -> None:
     stages = {stage.name: stage for stage in command_line.suite(device, False, tmp_path)}
@@ -219,7 +288,7 @@ def test_small_shapes_notice_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(small_shapes, "anchor_attention", lambda *a, **o: anchor_attention(*a, **o) * torch.nan)
     monkeypatch.setattr(sys, "argv", ["small_shapes", "--device", "cpu", "--quick"])
     assert small_shapes.worst_error(call, ragged)[0] == torch.inf
-    assert small_shapes.main() == 1
+    assert small_shapes.main() == apart.WRONG
 
 
 def test_the_table_keeps_what_it_has_when_a_case_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -231,7 +300,7 @@ def test_the_table_keeps_what_it_has_when_a_case_fails(monkeypatch: pytest.Monke
         return measure(case, *arguments)
 
     monkeypatch.setattr(table, "measure", breaks_on_modules)
-    assert table.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
+    assert table.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == apart.WRONG
     records = json.loads((tmp_path / CASES).read_text())
     assert [record.get("failed") for record in records] == [None, "no memory"]
     environment = {"device": "x", "torch": "x", "torch_cuda": None, "commit": "x", "float32_matmul_precision": "x"}
@@ -240,8 +309,8 @@ def test_the_table_keeps_what_it_has_when_a_case_fails(monkeypatch: pytest.Monke
 
 
 def test_the_table_starts_no_case_when_its_time_is_spent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = argparse.Namespace(quick=True, device="cpu", out=tmp_path, seconds=-1.0)
-    assert table.run(arguments) == 0
+    arguments = argparse.Namespace(quick=True, device="cpu", out=tmp_path, seconds=-1.0, first=0, lost="")
+    assert table.run(arguments) == apart.RIGHT
     assert "2 of 2 cases are not measured" in capsys.readouterr().out
     assert not (tmp_path / CASES).exists()
 
