@@ -8,7 +8,7 @@
 #include <random>
 #include <vector>
 
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 
 using namespace anchor_attention;
 using namespace anchor_attention::cpu;

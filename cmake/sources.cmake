@@ -4,13 +4,13 @@
 # Torch, through its stable ABI.
 set(HOST_SOURCES
   csrc/registration.cpp
-  csrc/host/attention.cpp
+  csrc/host/attention_op.cpp
   csrc/host/canonical_key_ranges.cpp
   csrc/host/checks.cpp
   csrc/host/cpu.cpp
   csrc/host/derivatives.cpp
   csrc/host/interrupts.cpp
-  csrc/host/rope.cpp)
+  csrc/host/rope_op.cpp)
 
 # No torch, and compiled once.
 set(CPU_SOURCES
@@ -20,7 +20,7 @@ set(CPU_SOURCES
   csrc/kernels/cpu/attention_jvp.cpp
   csrc/kernels/cpu/dispatch.cpp
   csrc/kernels/cpu/rope.cpp
-  csrc/kernels/cpu/schedule.cpp)
+  csrc/kernels/cpu/work_plan.cpp)
 
 # The steps of the CPU kernels, compiled once per instruction set. They use no inline function of the standard library:
 # the linker keeps one copy of such a function, and it might keep one that needs AVX-512.

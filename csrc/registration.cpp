@@ -1,11 +1,11 @@
 // Every operation and its implementations: the library's table of contents.
 #include <torch/csrc/stable/library.h>
 
-#include "host/attention.h"
+#include "host/attention_op.h"
+#include "host/backends.h"
 #include "host/canonical_key_ranges.h"
 #include "host/derivatives.h"
-#include "host/device.h"
-#include "host/rope.h"
+#include "host/rope_op.h"
 
 using namespace anchor_attention;
 

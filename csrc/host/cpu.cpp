@@ -3,7 +3,7 @@
 #include <new>
 #include <stdexcept>
 
-#include "host/device.h"
+#include "host/backends.h"
 #include "host/interrupts.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/dispatch.h"

@@ -5,8 +5,8 @@
 
 #include <cstdlib>
 
+#include "host/backends.h"
 #include "host/checks.h"
-#include "host/device.h"
 #include "kernels/cuda/launch_attention.h"
 
 // A CPU build of torch does not have it: weak, the one library loads there, too. Bound in a program that links torch's

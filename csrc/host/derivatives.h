@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "host/attention.h"
+#include "host/attention_op.h"
 #include "host/checks.h"
 #include "params.h"
 

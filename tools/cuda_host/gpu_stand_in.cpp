@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "host/device.h"
+#include "host/backends.h"
 #include "key_ranges.h"
 
 extern "C" {

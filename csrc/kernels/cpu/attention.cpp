@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/kernels.h"
-#include "kernels/cpu/schedule.h"
+#include "kernels/cpu/kernel_table.h"
+#include "kernels/cpu/work_plan.h"
 
 namespace anchor_attention::cpu {
 namespace {

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 
 namespace anchor_attention::cpu {
 

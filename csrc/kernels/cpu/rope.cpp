@@ -2,7 +2,7 @@
 
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/dispatch.h"
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 
 namespace anchor_attention::cpu {
 namespace {

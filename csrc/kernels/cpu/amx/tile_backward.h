@@ -3,7 +3,7 @@
 #pragma once
 
 #include "kernels/cpu/amx/tile_rows.h"
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 

@@ -3,7 +3,7 @@
 
 #include "kernels/cpu/amx/tile_backward.h"
 #include "kernels/cpu/amx/tile_forward.h"
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 

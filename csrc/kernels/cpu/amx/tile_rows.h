@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "kernels/cpu/amx/tile_product.h"
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/vector/rows.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {

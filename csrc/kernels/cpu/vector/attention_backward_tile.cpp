@@ -1,7 +1,7 @@
 // Backward of one tile of queries against a slice of its keys, queries in the vectors' lanes as in the forward:
 //   Pᵀ = 2^(Sᵀ − lse)        dSᵀ = Pᵀ · (V dOᵀ − delta)        dV += Pᵀ dO        dK += dSᵀ Q        dQ += dS K
 // `scale` is applied to dK and dQ once, at the end.
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/vector/outer_product.h"
 #include "kernels/cpu/vector/rows.h"
 #include "kernels/cpu/vector/softmax.h"

@@ -3,7 +3,7 @@
 //   W = P · (T − r)        dS = P · (V dO − delta)        G = W · (V dO − delta) + P · (X − mean)
 //   dV += W dO        dK += G Q + dS a        dQ += G K + dS b
 // `scale` is applied to dK and dQ once, at the end.
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/vector/outer_product.h"
 #include "kernels/cpu/vector/rows.h"
 #include "kernels/cpu/vector/softmax.h"

@@ -3,7 +3,7 @@
 //   mean(T)
 // The reference is one number for each row, to which the result is invariant: without it, what T has in common for all
 // keys would be subtracted only after it was summed. It is the mean of T over the row's first chunk.
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/vector/outer_product.h"
 #include "kernels/cpu/vector/rows.h"
 #include "kernels/cpu/vector/softmax.h"

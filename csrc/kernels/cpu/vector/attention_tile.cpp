@@ -1,6 +1,6 @@
 // Forward of one tile of queries, with the queries in the vectors' lanes: scores Sᵀ[key, query] and outputs
 // Oᵀ[dim, query], so that the softmax needs no reduction across lanes and keys may begin and end anywhere.
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/vector/outer_product.h"
 #include "kernels/cpu/vector/rows.h"
 #include "kernels/cpu/vector/softmax.h"

@@ -1,5 +1,5 @@
 // The table of this instruction set's steps.
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 
 #ifndef ANCHOR_ATTENTION_ISA
 #error "compile with -DANCHOR_ATTENTION_ISA=<name of the instruction set>"

@@ -1,5 +1,5 @@
 // Rows of keys and values into the working type and back.
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/vector/rows.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {

@@ -1,5 +1,5 @@
 // Rotary embedding and its gradients for a run of tokens.
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/vector/rows.h"
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {

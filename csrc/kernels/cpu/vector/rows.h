@@ -1,7 +1,7 @@
 // Rows of one head between memory, in the type of the tensor, and scratch, in the working type.
 #pragma once
 
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/vector/outer_product.h"
 #include "kernels/cpu/vector/simd.h"
 

@@ -1,4 +1,4 @@
-#include "host/attention.h"
+#include "host/attention_op.h"
 
 #include <torch/csrc/stable/ops.h>
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "kernels/cpu/attention.h"
-#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/kernel_table.h"
 #include "key_ranges.h"
 
 namespace anchor_attention::cpu {

@@ -1,4 +1,4 @@
-#include "host/rope.h"
+#include "host/rope_op.h"
 
 #include <torch/csrc/stable/ops.h>
 

@@ -1,4 +1,4 @@
-#include "kernels/cpu/schedule.h"
+#include "kernels/cpu/work_plan.h"
 
 #include <new>
 #include <string>
