@@ -43,18 +43,18 @@ class Forward {
       : p_(params),
         executor_(executor),
         kernels_(suitable_products(params, allow_split_float32)),
-        schedule_(params, kernels_.packing),
-        row_bytes_(schedule_.packed_row_bytes()),
-        threads_(schedule_.threads(executor, 4)),
-        planes_(schedule_.all_planes()),
+        plan_(params, kernels_.packing),
+        row_bytes_(plan_.packed_row_bytes()),
+        threads_(plan_.threads(executor, 4)),
+        planes_(plan_.all_planes()),
         tile_queries_(kernels_.forward_tile_queries(params)),
-        tiles_(schedule_.tiles(planes_, tile_queries_, /*with_gaps=*/true)) {
+        tiles_(plan_.tiles(planes_, tile_queries_, /*with_gaps=*/true)) {
     double reads = 0;
     for (const Tile& tile : tiles_) reads += static_cast<double>(tile.n_keys);
     // Packing all keys for all tiles writes them to memory and reads them back; packing a few of them at a time into
     // the cache of the core that needs them does not, but is done again for every tile.
     constexpr double kMaxPackings = 2;
-    packs_per_tile_ = reads <= kMaxPackings * static_cast<double>(schedule_.n_rows(planes_));
+    packs_per_tile_ = reads <= kMaxPackings * static_cast<double>(plan_.n_rows(planes_));
     constexpr int64_t kPieceBytes = 1 << 17;
     const int64_t key_bytes = row_bytes_.k + row_bytes_.v;
     piece_rows_ = std::max(kPieceBytes / key_bytes / kCutKeys, int64_t{1}) * kCutKeys;
@@ -65,9 +65,9 @@ class Forward {
 
   void run() {
     if (!packs_per_tile_) {
-      k_rows_ = allocate(schedule_.n_rows(planes_) * row_bytes_.k);
-      v_stack_ = allocate(schedule_.n_rows(planes_) * row_bytes_.v);
-      pack(p_, schedule_, planes_, kernels_.packing, executor_, threads_,
+      k_rows_ = allocate(plan_.n_rows(planes_) * row_bytes_.k);
+      v_stack_ = allocate(plan_.n_rows(planes_) * row_bytes_.v);
+      pack(p_, plan_, planes_, kernels_.packing, executor_, threads_,
            {{p_.k, p_.k_strides, p_.head_dim, PackedLayout::rows, k_rows_.get(), row_bytes_.k},
             {p_.v, p_.v_strides, p_.value_dim, PackedLayout::stack, v_stack_.get(), row_bytes_.v}});
     }
@@ -106,7 +106,7 @@ class Forward {
   // The key ranges of a part: those of its tile, one behind the other, cut into equally long pieces.
   std::vector<int32_t> ranges_of(const Item& item) const {
     const Tile& tile = tiles_[item.tile];
-    const KeyRangeTableView table = schedule_.keys(tile.batch).table.view();
+    const KeyRangeTableView table = plan_.keys(tile.batch).table.view();
     const int32_t* first = table.k_ranges + 2 * table.k_offsets[tile.group];
     const int32_t* last = table.k_ranges + 2 * table.k_offsets[tile.group + 1];
     if (item.n_parts == 1) return {first, last};
@@ -143,7 +143,7 @@ class Forward {
       return;
     }
     const std::vector<int32_t> ranges = ranges_of(item);
-    const int64_t first_row = schedule_.first_row(planes_, tile.batch, tile.head);
+    const int64_t first_row = plan_.first_row(planes_, tile.batch, tile.head);
     ForwardTile task{.params = &p_,
                      .batch = tile.batch,
                      .head = tile.head,
@@ -165,7 +165,7 @@ class Forward {
   void run_in_pieces(ForwardTile task, const std::vector<int32_t>& ranges, char* packed) const {
     const int64_t alignment = kernels_.packing.key_alignment(p_.dtype);
     const int64_t kv_head = task.head / p_.heads_per_kv_head();
-    const int32_t* source = schedule_.keys(task.batch).source.data();
+    const int32_t* source = plan_.keys(task.batch).source.data();
     char* const v_packed = packed + piece_rows_ * row_bytes_.k;
     task.k_rows = packed;
     task.v_stack = v_packed;
@@ -241,7 +241,7 @@ class Forward {
   const AttentionParams& p_;
   const Executor& executor_;
   const ProductKernels& kernels_;
-  const Schedule schedule_;
+  const WorkPlan plan_;
   const RowBytes row_bytes_;
   const int64_t threads_;
   const Planes planes_;

@@ -1,4 +1,4 @@
-// Attention and rotary embedding on the CPU: schedule, buffers and threads around the steps of kernel_table.h.
+// Attention and rotary embedding on the CPU: work plan, buffers and threads around the steps of kernel_table.h.
 #pragma once
 
 #include <cstdint>

@@ -69,17 +69,16 @@ struct Steps {
 // The heads are worked on one after the other, so that packed keys and sums exist for one of them at a time; or in
 // groups of as many as it takes to keep the threads busy between two barriers, of which there are as many as threads.
 // The last group's end is the last bound.
-std::vector<int64_t> group_planes(const AttentionParams& p, const Schedule& schedule, const Steps& steps,
-                                  int64_t threads) {
+std::vector<int64_t> group_planes(const AttentionParams& p, const WorkPlan& plan, const Steps& steps, int64_t threads) {
   constexpr double kMinOperations = 5e7;  // of a thread between two barriers: some tenths of a millisecond
   constexpr double kMinTiles = 8;         // of a thread: a tile more or less is then a small difference
   const double min_operations = kMinOperations * static_cast<double>(threads * threads);
   const double min_tiles = kMinTiles * static_cast<double>(threads);
-  const Planes all = schedule.all_planes();
+  const Planes all = plan.all_planes();
   std::vector<int64_t> bounds{all.begin};
   double operations = 0, tiles = 0;
   for (int64_t plane = all.begin; plane + 1 < all.end; ++plane) {
-    operations += schedule.operations({plane, plane + 1}, steps.operations_per_score);
+    operations += plan.operations({plane, plane + 1}, steps.operations_per_score);
     tiles += static_cast<double>(p.n_queries * p.heads_per_kv_head()) / static_cast<double>(steps.tile_queries);
     if (threads > 1 && (operations < min_operations || tiles < min_tiles)) continue;
     bounds.push_back(plane + 1);
@@ -98,22 +97,22 @@ class Backward {
         executor_(executor),
         vector_kernels_(selected_kernels()),
         steps_(steps),
-        schedule_(p_, steps.packing),
-        threads_(schedule_.threads(executor, steps.operations_per_score)),
-        row_bytes_(schedule_.packed_row_bytes()),
-        sum_bytes_(schedule_.sum_row_bytes()),
+        plan_(p_, steps.packing),
+        threads_(plan_.threads(executor, steps.operations_per_score)),
+        row_bytes_(plan_.packed_row_bytes()),
+        sum_bytes_(plan_.sum_row_bytes()),
         scratch_bytes_(steps.scratch_bytes),
         scratch_(allocate(threads_ * scratch_bytes_)),
         wants_grad_q_(params.grad_q != nullptr || params.grad_q_freqs != nullptr),
         sums_in_place_(params.grad_q != nullptr &&
                        (p_.dtype == ScalarType::float32 || p_.dtype == ScalarType::float64)) {
-    for (int64_t layout = 0; layout < schedule_.n_layouts(); ++layout) {
-      key_bounds_.push_back(split_keys(schedule_.keys(layout), threads_));
+    for (int64_t layout = 0; layout < plan_.n_layouts(); ++layout) {
+      key_bounds_.push_back(split_keys(plan_.keys(layout), threads_));
     }
   }
 
   void run() {
-    const std::vector<int64_t> bounds = group_planes(p_, schedule_, steps_, threads_);
+    const std::vector<int64_t> bounds = group_planes(p_, plan_, steps_, threads_);
     for (size_t i = 0; i + 1 < bounds.size() && !executor_.stops(); ++i) {
       planes_ = {bounds[i], bounds[i + 1]};
       begin_group();
@@ -153,13 +152,13 @@ class Backward {
   }
 
   void begin_group() {
-    const int64_t n_rows = schedule_.n_rows(planes_);
+    const int64_t n_rows = plan_.n_rows(planes_);
     reserve(k_rows_, n_rows * row_bytes_.k);
     reserve(v_rows_, n_rows * row_bytes_.v);
     const PackedTensor k{p_.k, p_.k_strides, p_.head_dim, PackedLayout::rows, k_rows_.get(), row_bytes_.k};
     const PackedTensor v{p_.v, p_.v_strides, p_.value_dim, PackedLayout::rows, v_rows_.get(), row_bytes_.v};
     std::vector<PackedTensor> tensors{k, v};
-    if (schedule_.has_stacks()) {
+    if (plan_.has_stacks()) {
       reserve(k_stack_, n_rows * row_bytes_.k);
       tensors.push_back({p_.k, p_.k_strides, p_.head_dim, PackedLayout::stack, k_stack_.get(), row_bytes_.k});
     }
@@ -172,7 +171,7 @@ class Backward {
       add_tangent(steps_.second->k_tangent, p_.head_dim, k_tangent_rows_, row_bytes_.k);
       add_tangent(steps_.second->v_tangent, p_.value_dim, v_tangent_rows_, row_bytes_.v);
     }
-    pack(p_, schedule_, planes_, steps_.packing, executor_, threads_, tensors);
+    pack(p_, plan_, planes_, steps_.packing, executor_, threads_, tensors);
     const auto begin_sums = [&](const void* gradient, Buffer& rows, int64_t bytes) {
       if (gradient == nullptr) return;
       reserve(rows, bytes);
@@ -187,7 +186,7 @@ class Backward {
     } else if (wants_grad_q_ && planes_.begin == 0) {
       std::memset(params_.grad_q, 0, p_.batch * p_.n_queries * p_.heads * p_.head_dim * working_size(p_.dtype));
     }
-    tiles_ = schedule_.tiles(planes_, steps_.tile_queries, /*with_gaps=*/false);
+    tiles_ = plan_.tiles(planes_, steps_.tile_queries, /*with_gaps=*/false);
     tile_bounds_ = split_tiles(tiles_, threads_);
   }
 
@@ -237,7 +236,7 @@ class Backward {
   // Too few keys for slices that make up for the set-up of a tile, which every slice of its keys repeats.
   bool has_few_keys() const {
     constexpr int64_t kMinSliceKeys = 1024;
-    const int64_t planes = planes_.end - planes_.begin, rows = schedule_.n_rows(planes_);
+    const int64_t planes = planes_.end - planes_.begin, rows = plan_.n_rows(planes_);
     // Sums of every thread take no more memory than the queries.
     return threads_ > 1 && rows < kMinSliceKeys * threads_ * planes && rows * threads_ <= p_.n_queries * n_heads();
   }
@@ -245,7 +244,7 @@ class Backward {
   // Every thread owns a run of query tiles, and sums of all keys' gradients, which are added in the order of the
   // threads.
   void run_apart() {
-    const int64_t n_rows = schedule_.n_rows(planes_), k_bytes = n_rows * sum_bytes_.k, v_bytes = n_rows * sum_bytes_.v;
+    const int64_t n_rows = plan_.n_rows(planes_), k_bytes = n_rows * sum_bytes_.k, v_bytes = n_rows * sum_bytes_.v;
     const Buffer k_sums = allocate(grad_k_rows_ ? (threads_ - 1) * k_bytes : 0);
     const Buffer v_sums = allocate(grad_v_rows_ ? (threads_ - 1) * v_bytes : 0);
     const auto sums_of = [](const Buffer& rows, const Buffer& sums, int64_t bytes, int64_t thread) -> char* {
@@ -258,7 +257,7 @@ class Backward {
       if (thread > 0 && grad_v != nullptr) std::memset(grad_v, 0, v_bytes);
       for (int64_t i = tile_bounds_[thread]; i < tile_bounds_[thread + 1] && !executor_.stops(); ++i) {
         const Tile& tile = tiles_[i];
-        const auto n_rows = static_cast<int32_t>(schedule_.keys(tile.batch).source.size());
+        const auto n_rows = static_cast<int32_t>(plan_.keys(tile.batch).source.size());
         run_tile(tile, {0, n_rows}, thread, grad_q_sums(tile.batch, tile.head, tile.q_begin), grad_q_stride(), grad_k,
                  grad_v);
       }
@@ -297,16 +296,16 @@ class Backward {
   };
 
   KeySlice slice_of(const Tile& tile, int64_t slice) const {
-    const std::vector<int32_t>& bounds = key_bounds_[schedule_.layout(tile.batch)];
+    const std::vector<int32_t>& bounds = key_bounds_[plan_.layout(tile.batch)];
     return {bounds[slice], bounds[slice + 1]};
   }
 
   // `grad_k` and `grad_v` are sums for the planes of the group, or null.
   void run_tile(const Tile& tile, KeySlice slice, int64_t thread, char* grad_q, int64_t stride, char* grad_k,
                 char* grad_v) const {
-    const KeyRangeTableView table = schedule_.keys(tile.batch).table.view();
+    const KeyRangeTableView table = plan_.keys(tile.batch).table.view();
     if (!reads_any(table, tile.group, slice.begin, slice.end)) return;
-    const int64_t row = schedule_.first_row(planes_, tile.batch, tile.head);
+    const int64_t row = plan_.first_row(planes_, tile.batch, tile.head);
     const BackwardTile task{
         .params = &params_,
         .batch = tile.batch,
@@ -314,7 +313,7 @@ class Backward {
         .q_begin = tile.q_begin,
         .n_queries = tile.n_queries,
         .k_rows = k_rows_.get() + row * row_bytes_.k,
-        .k_stack = (schedule_.has_stacks() ? k_stack_ : k_rows_).get() + row * row_bytes_.k,
+        .k_stack = (plan_.has_stacks() ? k_stack_ : k_rows_).get() + row * row_bytes_.k,
         .v_rows = v_rows_.get() + row * row_bytes_.v,
         .key_ranges = table.k_ranges + 2 * table.k_offsets[tile.group],
         .n_key_ranges = table.k_offsets[tile.group + 1] - table.k_offsets[tile.group],
@@ -338,7 +337,7 @@ class Backward {
   // The packed row of every token of a batch element, below 0 where it has none.
   std::vector<int32_t> packed_rows(int64_t batch) const {
     std::vector<int32_t> rows(p_.n_keys, -1);
-    const CompactedKeys& keys = schedule_.keys(batch);
+    const CompactedKeys& keys = plan_.keys(batch);
     for (int32_t j = 0; j < keys.first_copy; ++j) {
       if (keys.source[j] >= 0) rows[keys.source[j]] = j;
     }
@@ -351,8 +350,8 @@ class Backward {
     const int64_t length = row_bytes / static_cast<int64_t>(sizeof(T));
     for_each_task(executor_, threads_, planes_.end - planes_.begin, [&](int64_t i, int64_t) {
       const int64_t plane = planes_.begin + i, batch = plane / p_.kv_heads;
-      T* sums = reinterpret_cast<T*>(rows + schedule_.first_row(planes_, plane) * row_bytes);
-      const CompactedKeys& keys = schedule_.keys(batch);
+      T* sums = reinterpret_cast<T*>(rows + plan_.first_row(planes_, plane) * row_bytes);
+      const CompactedKeys& keys = plan_.keys(batch);
       for (size_t j = keys.first_copy; j < keys.source.size(); ++j) {
         if (keys.source[j] < 0) continue;
         T* target = sums + packed_row[batch][keys.source[j]] * length;
@@ -375,7 +374,7 @@ class Backward {
       const RowTask& task = tasks[i];
       char* first = const_cast<char*>(head_start(target, strides, task.batch, task.kv_head, p_.dtype));
       vector_kernels_.unpack_rows({
-          .packed = rows + schedule_.first_row(planes_, task.plane) * row_bytes,
+          .packed = rows + plan_.first_row(planes_, task.plane) * row_bytes,
           .packed_row_bytes = row_bytes,
           .indices = packed_row[task.batch].data() + task.begin,
           .n_tokens = task.end - task.begin,
@@ -406,7 +405,7 @@ class Backward {
   const Executor& executor_;
   const Kernels& vector_kernels_;
   const Steps steps_;
-  const Schedule schedule_;
+  const WorkPlan plan_;
   const int64_t threads_;
   const RowBytes row_bytes_;
   const RowBytes sum_bytes_;

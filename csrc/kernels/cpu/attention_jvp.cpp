@@ -22,12 +22,12 @@ class Jvp {
         p_(params.forward),
         executor_(executor),
         kernels_(selected_kernels().derivatives),
-        schedule_(p_, kernels_.packing),
-        row_bytes_(schedule_.packed_row_bytes()),
+        plan_(p_, kernels_.packing),
+        row_bytes_(plan_.packed_row_bytes()),
         tangents_(std::min(params.n_tangents, kMaxTangents)),
-        threads_(schedule_.threads(executor, 4.0 * static_cast<double>(1 + params.n_tangents))),
-        planes_(schedule_.all_planes()),
-        tiles_(schedule_.tiles(planes_, kernels_.tile_queries(p_.dtype), /*with_gaps=*/true)) {}
+        threads_(plan_.threads(executor, 4.0 * static_cast<double>(1 + params.n_tangents))),
+        planes_(plan_.all_planes()),
+        tiles_(plan_.tiles(planes_, kernels_.tile_queries(p_.dtype), /*with_gaps=*/true)) {}
 
   void run() {
     pack_keys();
@@ -50,7 +50,7 @@ class Jvp {
 
  private:
   void pack_keys() {
-    const int64_t n_rows = schedule_.n_rows(planes_);
+    const int64_t n_rows = plan_.n_rows(planes_);
     std::vector<PackedTensor> tensors;
     const auto add = [&](const void* source, const Strides& strides, int64_t head_dim, char* rows, int64_t bytes) {
       tensors.push_back({source, strides, head_dim, PackedLayout::rows, rows, bytes});
@@ -69,7 +69,7 @@ class Jvp {
     add(p_.v, p_.v_strides, p_.value_dim, v_rows_.get(), row_bytes_.v);
     add_tangents(params_.k_tangents, p_.head_dim, k_tangent_rows_, row_bytes_.k);
     add_tangents(params_.v_tangents, p_.value_dim, v_tangent_rows_, row_bytes_.v);
-    pack(p_, schedule_, planes_, kernels_.packing, executor_, threads_, tensors);
+    pack(p_, plan_, planes_, kernels_.packing, executor_, threads_, tensors);
   }
 
   // Rows that read no key: they don't move.
@@ -94,8 +94,8 @@ class Jvp {
   }
 
   void run_tile(const Tile& tile, int64_t first, int64_t n, char* scratch) const {
-    const KeyRangeTableView table = schedule_.keys(tile.batch).table.view();
-    const int64_t row = schedule_.first_row(planes_, tile.batch, tile.head), n_rows = schedule_.n_rows(planes_);
+    const KeyRangeTableView table = plan_.keys(tile.batch).table.view();
+    const int64_t row = plan_.first_row(planes_, tile.batch, tile.head), n_rows = plan_.n_rows(planes_);
     const auto tangent_rows = [&](const Buffer& rows, int64_t bytes) {
       return rows ? rows.get() + (first * n_rows + row) * bytes : nullptr;
     };
@@ -120,7 +120,7 @@ class Jvp {
   const AttentionParams& p_;
   const Executor& executor_;
   const DerivativeKernels& kernels_;
-  const Schedule schedule_;
+  const WorkPlan plan_;
   const RowBytes row_bytes_;
   const int64_t tangents_;  // at once
   const int64_t threads_;

@@ -1,5 +1,5 @@
 // The steps that are compiled once per instruction set, and the table that holds one set of them.
-// Everything in between (schedule, buffers, threads) is in attention.cpp and rope.cpp and compiled once.
+// Everything in between (work plan, buffers, threads) is in attention.cpp and rope.cpp and compiled once.
 #pragma once
 
 #include <cstdint>

@@ -50,7 +50,7 @@ const ProductKernels& suitable_products(const AttentionParams& p, bool allow_spl
   return alignment * p.table.n_ranges > kMaxPadding * n_keys + kAnyPadding ? vectors : products;
 }
 
-Schedule::Schedule(const AttentionParams& p, const Packing& packing)
+WorkPlan::WorkPlan(const AttentionParams& p, const Packing& packing)
     : params_(p),
       alignment_(packing.key_alignment(p.dtype)),
       packed_row_bytes_{packing.packed_row_bytes(p.head_dim, p.dtype), packing.packed_row_bytes(p.value_dim, p.dtype)},
@@ -67,7 +67,7 @@ Schedule::Schedule(const AttentionParams& p, const Packing& packing)
   }
 }
 
-double Schedule::operations(Planes planes, double operations_per_score) const {
+double WorkPlan::operations(Planes planes, double operations_per_score) const {
   double area = 0;
   for (int64_t plane = planes.begin; plane < planes.end; ++plane) {
     area += areas_[layout(plane / params_.kv_heads)] * static_cast<double>(params_.heads_per_kv_head());
@@ -75,12 +75,12 @@ double Schedule::operations(Planes planes, double operations_per_score) const {
   return operations_per_score * area * static_cast<double>(params_.head_dim + params_.value_dim) / 2;
 }
 
-int64_t Schedule::threads(const Executor& executor, double operations_per_score) const {
+int64_t WorkPlan::threads(const Executor& executor, double operations_per_score) const {
   const double useful = operations(all_planes(), operations_per_score) / kMinOperationsPerThread;
   return std::clamp<int64_t>(static_cast<int64_t>(std::min(useful, 1e9)), 1, std::max<int64_t>(executor.threads, 1));
 }
 
-std::vector<Tile> Schedule::tiles(Planes planes, int64_t tile_queries, bool with_gaps) const {
+std::vector<Tile> WorkPlan::tiles(Planes planes, int64_t tile_queries, bool with_gaps) const {
   std::vector<Tile> tiles;
   for (int64_t plane = planes.begin; plane < planes.end; ++plane) {
     const int64_t batch = plane / params_.kv_heads, shared_by = params_.heads_per_kv_head();
@@ -92,7 +92,7 @@ std::vector<Tile> Schedule::tiles(Planes planes, int64_t tile_queries, bool with
   return tiles;
 }
 
-void Schedule::append_tiles(int64_t batch, int64_t head, int64_t tile_queries, bool with_gaps,
+void WorkPlan::append_tiles(int64_t batch, int64_t head, int64_t tile_queries, bool with_gaps,
                             std::vector<Tile>& tiles) const {
   const KeyRangeTableView table = keys(batch).table.view();
   const auto append = [&](int32_t group, int64_t begin, int64_t end, int64_t step, int64_t n_keys) {
@@ -110,17 +110,17 @@ void Schedule::append_tiles(int64_t batch, int64_t head, int64_t tile_queries, b
   if (with_gaps) append(kNoGroup, covered, params_.n_queries, kRowsPerFillTask, 0);
 }
 
-void pack(const AttentionParams& p, const Schedule& schedule, Planes planes, const Packing& packing,
+void pack(const AttentionParams& p, const WorkPlan& plan, Planes planes, const Packing& packing,
           const Executor& executor, int64_t threads, const std::vector<PackedTensor>& tensors) {
   const std::vector<RowTask> tasks = row_tasks(
-      planes, p.kv_heads, [&](int64_t batch) { return static_cast<int64_t>(schedule.keys(batch).source.size()); });
+      planes, p.kv_heads, [&](int64_t batch) { return static_cast<int64_t>(plan.keys(batch).source.size()); });
   for_each_task(executor, threads, static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {
     const RowTask& task = tasks[i];
     for (const PackedTensor& tensor : tensors) {
       packing.pack_rows({head_start(tensor.source, tensor.strides, task.batch, task.kv_head, p.dtype),
-                         tensor.strides.token, schedule.keys(task.batch).source.data() + task.begin,
-                         task.end - task.begin, tensor.head_dim, p.dtype, tensor.layout,
-                         tensor.packed + (schedule.first_row(planes, task.plane) + task.begin) * tensor.row_bytes});
+                         tensor.strides.token, plan.keys(task.batch).source.data() + task.begin, task.end - task.begin,
+                         tensor.head_dim, p.dtype, tensor.layout,
+                         tensor.packed + (plan.first_row(planes, task.plane) + task.begin) * tensor.row_bytes});
     }
   });
 }

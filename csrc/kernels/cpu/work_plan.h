@@ -51,9 +51,9 @@ struct RowBytes {
 const ProductKernels& suitable_products(const AttentionParams& params, bool allow_split_float32);
 
 // The layout of one call.
-class Schedule {
+class WorkPlan {
  public:
-  Schedule(const AttentionParams& params, const Packing& packing);
+  WorkPlan(const AttentionParams& params, const Packing& packing);
 
   // The keys of a batch element that are read and kept, and the table over them.
   const CompactedKeys& keys(int64_t batch) const { return layouts_[layout(batch)]; }
@@ -141,7 +141,7 @@ struct PackedTensor {
   int64_t row_bytes;
 };
 
-void pack(const AttentionParams& params, const Schedule& schedule, Planes planes, const Packing& packing,
+void pack(const AttentionParams& params, const WorkPlan& plan, Planes planes, const Packing& packing,
           const Executor& executor, int64_t threads, const std::vector<PackedTensor>& tensors);
 
 }  // namespace anchor_attention::cpu
