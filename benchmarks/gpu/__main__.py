@@ -26,7 +26,7 @@ SANITIZER_ERROR = 86
 # Conformance tests that run small programs on the emulator and on a GPU.
 CONFORMANCE_TESTS = tuple(
     f"tests/tools/ptx_emulator/test_emulator_{name}.py"
-    for name in ("arithmetic", "floating", "memory", "tensor_core", "warp", "bulk_copy", "warpgroup")
+    for name in ("arithmetic", "floating", "memory", "tensor_core", "warp", "bulk_copy", "warpgroup", "rare_operations")
 )
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "--maxfail=50")
 

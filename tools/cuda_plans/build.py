@@ -55,7 +55,7 @@ def inputs(sources: Iterable[Path]) -> list[Path]:
     return sorted(found)
 
 
-def _cached(
+def cached_output(
     kind: str, sources: tuple[Path, ...], salt: str, name: str, command: Sequence[object], *, keep_report: bool = False
 ) -> Path:
     """The output of `command` (which gets `-o PATH` appended), run if no cached output of the same inputs exists.
@@ -92,7 +92,7 @@ def plans() -> ModuleType:
         os.environ.get("CXX", "g++"), "-std=c++20", "-O2", "-shared", "-fPIC", "-fvisibility=hidden",
         f"-DCUDA_PLANS_MODULE={_MODULE}", *includes, *sources,
     ]  # fmt: skip
-    library = _cached("cuda_plans", sources, sys.version, f"{_MODULE}.so", command)
+    library = cached_output("cuda_plans", sources, sys.version, f"{_MODULE}.so", command)
     spec = importlib.util.spec_from_file_location(_MODULE, library)
     if spec is None or spec.loader is None:
         raise ImportError(f"cannot load {library}")
@@ -106,6 +106,16 @@ def generation(instantiation: str) -> str:
     if instantiation.startswith("sm90_"):
         return "sm90"
     return "sm80" if instantiation.startswith("attention_") else "common"
+
+
+def instantiations() -> list[str]:
+    """Names of all of them."""
+    prefixes = {"common": "", "sm80": "", "sm90": "sm90_"}
+    return sorted(
+        prefix + path.stem
+        for folder, prefix in prefixes.items()
+        for path in (_CUDA / folder / "instantiations").glob("*.cu")
+    )
 
 
 def source_file(instantiation: str) -> Path:
@@ -123,20 +133,20 @@ def ptx_file(instantiation: str, architecture: str | None = None) -> Path:
     target = f"-arch=compute_{architecture or _ARCHITECTURES[generation(instantiation)]}"
     command = [*compile_command(instantiation), "-ptx", target]
     salt = target + " ".join(_NVCC_FLAGS[:-1])
-    return _cached("ptx", (source_file(instantiation),), salt, f"{instantiation}.ptx", command)
+    return cached_output("ptx", (source_file(instantiation),), salt, f"{instantiation}.ptx", command)
 
 
 def compiler_report(instantiation: str) -> str:
     """What the compiler says of the machine code of an sm_90a instantiation: registers, spills, warnings."""
     source = source_file(instantiation)
     command = [*compile_command(instantiation), "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
-    return _cached("reports", (source,), "", f"{instantiation}.txt", command, keep_report=True).read_text()
+    return cached_output("reports", (source,), "", f"{instantiation}.txt", command, keep_report=True).read_text()
 
 
 def primitives_ptx() -> Path:
     """PTX of the kernels around single primitives."""
     source = Path(__file__).parent / "primitives.cu"
-    return _cached(
+    return cached_output(
         "ptx", (source,), "primitives", "primitives.ptx", [nvcc(), *_NVCC_FLAGS, source, "-ptx", "-arch=compute_80"]
     )
 
@@ -145,11 +155,11 @@ def primitives_sm90_ptx() -> Path:
     """PTX of the kernels around the primitives of sm_90a."""
     source = Path(__file__).parent / "primitives_sm90.cu"
     command = [nvcc(), *_NVCC_FLAGS, source, "-ptx", "-arch=compute_90a"]
-    return _cached("ptx", (source,), "primitives_sm90", "primitives_sm90.ptx", command)
+    return cached_output("ptx", (source,), "primitives_sm90", "primitives_sm90.ptx", command)
 
 
 def primitives_library() -> Path:
     """The same kernels as a library for a GPU, with `run_kernel`."""
     source = Path(__file__).parent / "primitives.cu"
     command = [nvcc(), *_NVCC_FLAGS, source, "-shared", "-Xcompiler=-fPIC", "-arch=native"]
-    return _cached("primitives", (source,), "native", "primitives.so", command)
+    return cached_output("primitives", (source,), "native", "primitives.so", command)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.gpu.__main__ import CONFORMANCE_TESTS
 from tools import uncovered_operations
 from tools.ptx_emulator import Module
 from tools.ptx_emulator.coverage import operations, read
@@ -15,6 +16,7 @@ from tests.tools.ptx_emulator.harness import program
 
 ROOT = Path(__file__).parents[3]
 _FIXTURE = Path(__file__).parent / "fixtures" / "programs.ptx"
+UNCOVERED = ROOT / "tests" / "tools" / "corpus" / "uncovered_operations.txt"
 _LAUNCH = """
 from tools.ptx_emulator import Memory, Module
 from tests.tools.ptx_emulator.harness import program
@@ -51,3 +53,15 @@ def test_operations_that_are_not_known(tmp_path: Path) -> None:
     ]
     assert listed[0].splitlines()[1:] == ["  bar.sync: programs"]
     assert "of which 0 are not known" in listed[1]
+
+
+def test_conformance_tests_run_what_others_code_has_not(tmp_path: Path) -> None:
+    """Whatever of our kernels the corpus does not run; tests/tools/corpus holds the list to the kernels' PTX."""
+    path = tmp_path / "operations.txt"
+    environment = os.environ | {"PTX_EMULATOR_OPERATIONS": str(path)}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not cuda"]
+    tests = [str(ROOT / name) for name in CONFORMANCE_TESTS]
+    result = subprocess.run([*command, *tests], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+    assert read(UNCOVERED) - read(path) == set()
