@@ -1,5 +1,9 @@
 #include "kernels/cpu/work_plan.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <new>
 #include <string>
 
@@ -32,10 +36,16 @@ int64_t keys_of_group(const KeyRangeTableView& table, int32_t group) {
 }  // namespace
 
 Buffer allocate(int64_t bytes) {
-  constexpr int64_t kAlignment = 64;
-  void* pointer =
-      std::aligned_alloc(kAlignment, (std::max<int64_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment);
+  constexpr int64_t kCacheLine = 64, kHugePage = int64_t{2} << 20;
+  const int64_t alignment = bytes >= kHugePage ? kHugePage : kCacheLine;
+  const int64_t size = (std::max<int64_t>(bytes, 1) + alignment - 1) / alignment * alignment;
+  void* pointer = std::aligned_alloc(alignment, size);
   if (pointer == nullptr) throw OutOfMemory(bytes);
+#ifdef MADV_HUGEPAGE
+  // Memory comes and goes with every call: page by page, its faults took as long as writing it. It may be refused, and
+  // then costs what it did.
+  if (alignment == kHugePage) madvise(pointer, size, MADV_HUGEPAGE);
+#endif
   return Buffer(static_cast<char*>(pointer));
 }
 
