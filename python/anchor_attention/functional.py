@@ -109,8 +109,8 @@ def anchor_attention(
         q: (B, Nq, H, D) queries. Any strides with a contiguous last axis are read in place.
         k: (B, Nk, Hk, D) keys, on an axis of their own; likewise. Hk is H or divides it: head h reads head
             h // (H / Hk), in place.
-        v: (B, Nk, Hk, Dv) values, whose size may differ from that of queries and keys; likewise. A GPU takes Hk = H
-            and Dv = D alone so far.
+        v: (B, Nk, Hk, Dv) values, whose size may differ from that of queries and keys; likewise. On a GPU D and Dv
+            are multiples of 8 up to 256.
         table: Who reads whom.
         q_freqs: (B or 1, Nq, D / 2) complex64 rotary factors, applied to the interleaved pairs of q in float32.
         k_freqs: (B or 1, Nk, D / 2) complex64, likewise for k. With float64 q and k, both are complex128, and complex64

@@ -91,15 +91,18 @@ def make_freqs(rng: np.random.Generator, batch: int, tokens: int, head_dim: int)
 def make_case(
     dtype: str = "bfloat16", batch: int = 1, n_queries: int = N_QUERIES, n_keys: int = N_KEYS, heads: int = 1,
     head_dim: int = 64, table: Table = RAGGED, freqs_batch: int = 0, keep: float = 1.0, seed: int = 0,
-    generation: str = "sm80",
+    generation: str = "sm80", kv_heads: int | None = None, value_dim: int | None = None,
 ) -> Case:  # fmt: skip
     """Random inputs with a mean; factors where `freqs_batch` > 0, a key mask where `keep` < 1."""
     rng = np.random.default_rng(seed)
+    kv_heads = heads if kv_heads is None else kv_heads
+    value_dim = head_dim if value_dim is None else value_dim
 
-    def tensor(tokens: int) -> Array:
-        return to_storage(rng.normal(0.2, 1.0, (batch, tokens, heads, head_dim)), dtype)
+    def tensor(tokens: int, heads: int, width: int) -> Array:
+        return to_storage(rng.normal(0.2, 1.0, (batch, tokens, heads, width)), dtype)
 
-    q, k, v, grad_out = tensor(n_queries), tensor(n_keys), tensor(n_keys), tensor(n_queries)
+    q, k = tensor(n_queries, heads, head_dim), tensor(n_keys, kv_heads, head_dim)
+    v, grad_out = tensor(n_keys, kv_heads, value_dim), tensor(n_queries, heads, value_dim)
     grad_lse = rng.normal(size=(batch, heads, n_queries)).astype(np.float32)
     case = Case(dtype, q, k, v, grad_out, grad_lse, table, run=KernelRun(generation=generation))
     if freqs_batch:

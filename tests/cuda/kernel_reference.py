@@ -77,7 +77,7 @@ def multiplicity(table: Table, n_queries: int, n_keys: int) -> F64:
 
 @dataclass
 class AttentionReference:
-    """Forward and backward of one case; arrays (B, H, Nq, Nk) inside."""
+    """Forward and backward of one case; arrays (B, H, Nq, Nk) inside, where grouped heads have keys of their own."""
 
     q: F64
     k: F64
@@ -89,15 +89,17 @@ class AttentionReference:
     key_mask: Array | None = None
 
     def __post_init__(self) -> None:
-        n_queries, n_keys, head_dim = self.q.shape[1], self.k.shape[1], self.q.shape[3]
+        n_queries, n_keys = self.q.shape[1], self.k.shape[1]
+        self._shared_by = self.q.shape[2] // self.k.shape[2] if self.k.shape[2] else 1
+        k, v = (np.repeat(x, self._shared_by, axis=2) for x in (self.k, self.v))
         q = self.q if self.q_freqs is None else rotate(self.q, self.q_freqs)
         # Rotated queries are rounded to the input type before they are multiplied, up to one unit either way.
         q_error = 0.0 if self.q_freqs is None else 2 * self.arithmetic.stored + 4 * _FLOAT32
-        self._q, self._k, self._v = (x.transpose(0, 2, 1, 3) for x in (q, self.k, self.v))
+        self._q, self._k, self._v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
         counts = np.broadcast_to(multiplicity(self.table, n_queries, n_keys), (q.shape[0], 1, n_queries, n_keys))
         if self.key_mask is not None:
             counts = counts * self.key_mask[:, None, None, :]
-        self._product_error = 2 * self.arithmetic.operand + (head_dim + 2) * _FLOAT32
+        self._product_error = 2 * self.arithmetic.operand + (max(q.shape[3], v.shape[3]) + 2) * _FLOAT32
         scores = self.scale * self._q @ self._k.swapaxes(-1, -2)
         magnitude = abs(self.scale) * np.abs(self._q) @ np.abs(self._k).swapaxes(-1, -2)
         # The rotation mixes the two numbers of a pair, so an element's error follows the pair's magnitude.
@@ -152,15 +154,23 @@ class AttentionReference:
             error = error + a.stored * np.abs(value) + a.smallest
             return Bounded(value.transpose(0, 2, 1, 3), error.transpose(0, 2, 1, 3))
 
-        grad_v = product(self._p.swapaxes(-1, -2), self._probability_error.swapaxes(-1, -2), g, n_queries, 1.0)
+        # Of a group's heads the gradients add up in float32.
+        n_rows = n_queries * self._shared_by
+        grad_v = product(self._p.swapaxes(-1, -2), self._probability_error.swapaxes(-1, -2), g, n_rows, 1.0)
         q_error = 2 * a.stored + 4 * _FLOAT32 if self.q_freqs is not None else 0.0
         ds_t, ds_t_error = ds.swapaxes(-1, -2), ds_error.swapaxes(-1, -2)
-        grad_k = product(ds_t, ds_t_error + 1.5 * q_error * np.abs(ds_t), self._q, n_queries, self.scale)
+        grad_k = product(ds_t, ds_t_error + 1.5 * q_error * np.abs(ds_t), self._q, n_rows, self.scale)
         grad_q = product(ds, ds_error, self._k, n_keys, self.scale)
-        gradients = {"k": grad_k, "v": grad_v}
+        gradients = {"k": self._summed(grad_k), "v": self._summed(grad_v)}
         if self.q_freqs is None:
             return gradients | {"q": grad_q}
         return gradients | rope_gradients(self.q, self.q_freqs, grad_q.value, a, grad_q.error)
+
+    def _summed(self, gradient: Bounded) -> Bounded:
+        """Of heads → of the heads of keys that they share."""
+        batch, tokens, heads, width = gradient.value.shape
+        shape = (batch, tokens, heads // self._shared_by, self._shared_by, width)
+        return Bounded(gradient.value.reshape(shape).sum(axis=3), gradient.error.reshape(shape).sum(axis=3))
 
 
 def rope_gradients(

@@ -58,6 +58,58 @@ def test_rotated_queries_heads_batch_and_mask(dtype: str, allow_tf32: bool, gene
     case.check()
 
 
+# One of a pair is the larger by a native size or more, or both share one.
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(72, 64), (32, 128), (104, 16), (40, 248)])
+@pytest.mark.parametrize(("dtype", "generation"), KINDS)
+def test_values_of_another_size(dtype: str, generation: str, head_dim: int, value_dim: int) -> None:
+    table: Table = [((3, 90), [(5, 60), (70, 130)])]
+    case = make_case(dtype, batch=2, n_queries=100, n_keys=130, heads=2, head_dim=head_dim, value_dim=value_dim,
+                     table=table, freqs_batch=1, keep=0.7, generation=generation)  # fmt: skip
+    case.check()
+
+
+@pytest.mark.parametrize("wanted", [("k",), ("v",)])
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(256, 64), (64, 256)])
+def test_one_gradient_of_values_of_another_size(wanted: tuple[str, ...], head_dim: int, value_dim: int) -> None:
+    """The widest heads have a kernel for each."""
+    case = make_case(head_dim=head_dim, value_dim=value_dim, n_queries=70, n_keys=60, table=[((0, 70), [(0, 60)])])
+    case.wanted = wanted
+    case.check()
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "value_dim"), [(4, 2, 64), (3, 1, 40)])
+@pytest.mark.parametrize(("dtype", "generation"), KINDS)
+def test_grouped_heads(dtype: str, generation: str, heads: int, kv_heads: int, value_dim: int) -> None:
+    """Repeated ranges, rows of no range, masks, views of packed keys and values."""
+    case = make_case(dtype, batch=2, heads=heads, kv_heads=kv_heads, value_dim=value_dim, freqs_batch=2, keep=0.6,
+                     generation=generation)  # fmt: skip
+    packed = np.concatenate([case.k, case.v], axis=-1)
+    case.k, case.v = packed[..., :64], packed[..., 64:]
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "generation"),
+    [("bfloat16", 64, "sm80"), ("float32", 32, "sm80"), ("float16", 256, "sm80"), ("bfloat16", 64, "sm90"),
+     ("float16", 128, "sm90")],
+)  # fmt: skip
+def test_splits_of_grouped_heads_begin_in_any_head(dtype: str, head_dim: int, generation: str) -> None:
+    """Few keys: a tile's queries of three heads are shared out, and add up in one order."""
+    n_queries = 600 if generation == "sm80" else 1100
+    case = make_case(dtype, batch=2, n_queries=n_queries, n_keys=40, heads=6, kv_heads=2, head_dim=head_dim, keep=0.8,
+                     table=[((0, n_queries - 90), [(0, 40)]), ((n_queries - 80, n_queries), [(0, 20)])],
+                     generation=generation)  # fmt: skip
+    runs = []
+    for seed, concurrent_blocks in ((0, 1), (1, 6)):
+        case.run = KernelRun(seed=seed, concurrent_blocks=concurrent_blocks, generation=generation)
+        runs.append(case.check()[2])
+    grids = [grid for name, grid, _ in case.run.launches if "backward_key" in name or "sm90_backward" in name]
+    n_tiles = 2 * 2 * 2 * 3  # batch × heads of keys × groups × tiles, at the least keys per tile that any shape has
+    assert min(grids) > n_tiles
+    for name in case.wanted:
+        np.testing.assert_array_equal(runs[0][name], runs[1][name], err_msg=name)
+
+
 @pytest.mark.parametrize(("dtype", "generation"), [("float16", "sm80"), ("float32", "sm80"), ("float16", "sm90")])
 @pytest.mark.parametrize("freqs_batch", [1, 2])
 @pytest.mark.parametrize("wanted", [("q", "k", "v", "q_freqs"), ("q_freqs",)])

@@ -31,6 +31,22 @@ def make_fields(table: list[tuple[tuple[int, int], list[tuple[int, int]]]], **ch
     return fields | changes
 
 
+def with_strides(fields: dict[str, Any]) -> dict[str, Any]:
+    """Of contiguous tensors: the kernels of Hopper take what a tensor map can address."""
+    heads, width = fields["heads"], fields["head_dim"]
+    kv_heads, value_dim = fields.get("kv_heads", heads), fields.get("value_dim", width)
+
+    def strides(tokens: int, heads: int, width: int) -> tuple[int, int, int]:
+        return tokens * heads * width, heads * width, width
+
+    return fields | {
+        "q_strides": strides(fields["n_queries"], heads, width),
+        "k_strides": strides(fields["n_keys"], kv_heads, width),
+        "v_strides": strides(fields["n_keys"], kv_heads, value_dim),
+        "grad_out_strides": strides(fields["n_queries"], heads, value_dim),
+    }
+
+
 def schedule_of(plan: Any, launch: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, int]], int, int]:
     """Groups (with the closing one), ranges, number of items and of accumulators that a launch carries."""
     view = launch.params[-(8 + 12 + 4 + 4 * _INLINE_WORDS) :]
@@ -126,6 +142,16 @@ def test_many_keys_are_not_split() -> None:
     assert schedule_of(plan, launch_named(plan, "backward_key"))[3] == 0
 
 
+def test_grouped_heads_have_one_item_for_the_keys_that_they_share() -> None:
+    for generation, name in (("sm80", "backward_key"), ("sm90", "sm90_backward")):
+        fields = make_fields(
+            [((0, 4096), [(0, 131072)])], n_queries=4096, n_keys=131072, heads=12, generation=generation
+        )
+        for kv_heads in (12, 4, 1):
+            plan = plans().plan_attention_backward(with_strides(fields | {"kv_heads": kv_heads}))
+            assert launch_named(plan, name).grid == kv_heads * 1024
+
+
 @pytest.mark.parametrize("head_dim", [64, 256])
 def test_memory_is_at_most_one_accumulator_per_gradient(head_dim: int) -> None:
     batch, n_queries, n_keys, heads = 2, 40_000, 256, 3
@@ -199,6 +225,11 @@ def test_a_plan_may_get_its_workspace_later(generation: str, seed: int) -> None:
 def test_unsupported_head_dim(head_dim: int) -> None:
     with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8 between 8 and 256 on CUDA, got {head_dim}"):
         plans().plan_attention_forward(make_fields([], head_dim=head_dim))
+    values = f"the head_dim of v must be a multiple of 8 between 8 and 256 on CUDA, got {head_dim}"
+    for make in (plans().plan_attention_forward, plans().plan_attention_backward):
+        for generation in ("sm80", "sm90"):
+            with pytest.raises(ValueError, match=values):
+                make(make_fields([], value_dim=head_dim, generation=generation))
 
 
 def test_other_unsupported_arguments() -> None:

@@ -52,12 +52,16 @@ def make(
     n_queries: int = 300,
     n_keys: int = 200,
     heads: int = 3,
+    kv_heads: int | None = None,
+    value_dim: int | None = None,
 ) -> AttentionInputs:
     """Partial tiles, shared and repeated keys, a group without keys, rows of no group, padding, rotation."""
     table = KeyRangeTable.from_ranges(
         [[0, 150], [0, 150], [150, 280], [150, 280], [280, 290]], [[0, 90], [137, n_keys], [70, 160], [70, 160], [4, 4]]
     )
-    q, k, v, grad_out = (strided(2, n, heads, head_dim, dtype, layout) for n in (n_queries, n_keys, n_keys, n_queries))
+    kv_heads, value_dim = kv_heads or heads, value_dim or head_dim
+    q, k = (strided(2, n, h, head_dim, dtype, layout) for n, h in ((n_queries, heads), (n_keys, kv_heads)))
+    v, grad_out = (strided(2, n, h, value_dim, dtype, layout) for n, h in ((n_keys, kv_heads), (n_queries, heads)))
     freqs = (unit_freqs(batch, n, head_dim, dtype) for batch, n in ((1, n_queries), (2, n_keys)))
     return AttentionInputs(q, k, v, table, grad_out, *freqs, key_mask=torch.rand(2, n_keys) < 0.8)
 
@@ -81,7 +85,7 @@ def test_matches_float64(name: str, dtype: torch.dtype) -> None:
     with Device(name).executing() as device:
 
         @settings(max_examples=6 if device.is_emulated else settings().max_examples)
-        @given(attention_inputs(dtype, equal_heads=name != "cpu"))
+        @given(attention_inputs(dtype, any_value_dim=name == "cpu"))
         def check(inputs: AttentionInputs) -> None:
             assert_right(device, inputs)
 
@@ -92,6 +96,17 @@ def test_matches_float64(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES, ids=str, indirect=["device"])
 def test_every_head_dim(device: Device, dtype: torch.dtype, head_dim: int) -> None:
     assert_right(device, make(dtype, head_dim, heads=1 if device.is_emulated else 3))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "value_dim"),
+    [(6, 2, 64, 64), (4, 1, 40, 24), (2, 2, 72, 64), (2, 2, 16, 136), (2, 1, 128, 32)],
+)
+@pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES, ids=str, indirect=["device"])
+def test_grouped_heads_and_values_of_another_size(
+    device: Device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, value_dim: int
+) -> None:
+    assert_right(device, make(dtype, head_dim, heads=heads, kv_heads=kv_heads, value_dim=value_dim))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

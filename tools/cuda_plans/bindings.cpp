@@ -151,10 +151,11 @@ aa::cuda::Plan plan_attention_backward(const py::dict& fields) {
 }
 
 // Words and sizes of a schedule of the sm_90 backward.
-py::dict backward_schedule(const py::dict& fields, int queries_per_tile, int64_t items) {
+py::dict backward_schedule(const py::dict& fields, int queries_per_tile, int64_t items, int64_t heads_per_kv_head) {
   const aa::KeyRangeTable table = table_of(fields);
-  const aa::sm90::BackwardSchedule schedule = aa::sm90::make_backward_schedule(
-      table.view(), fields["n_queries"].cast<int64_t>(), fields["n_keys"].cast<int64_t>(), queries_per_tile, items);
+  const aa::sm90::BackwardSchedule schedule =
+      aa::sm90::make_backward_schedule(table.view(), fields["n_queries"].cast<int64_t>(),
+                                       fields["n_keys"].cast<int64_t>(), queries_per_tile, items, heads_per_kv_head);
   py::dict result;
   result["keys"] = schedule.keys.words;
   result["queries"] = schedule.queries.words;
@@ -200,7 +201,8 @@ PYBIND11_MODULE(CUDA_PLANS_MODULE, module) {
   });
   module.def("plan_attention_forward", &plan_attention_forward);
   module.def("plan_attention_backward", &plan_attention_backward);
-  module.def("backward_schedule", &backward_schedule);
+  module.def("backward_schedule", &backward_schedule, py::arg("fields"), py::arg("queries_per_tile"), py::arg("items"),
+             py::arg("heads_per_kv_head") = 1);
   module.def("plan_rope", &plan_rope);
   module.def("plan_rope_backward", &plan_rope_backward);
   module.def("shared_bytes", [](int pass, int precision, int head_dim) {

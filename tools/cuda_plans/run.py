@@ -175,7 +175,9 @@ def _attention_fields(
         "n_queries": n_queries,
         "n_keys": k.shape[1],
         "heads": heads,
+        "kv_heads": k.shape[2],
         "head_dim": head_dim,
+        "value_dim": v.shape[3],
         "scale": head_dim**-0.5 if scale is None else scale,
         "q_ranges": [bound for queries, _ in table for bound in queries],
         "k_offsets": offsets.tolist(),
@@ -187,10 +189,10 @@ def attention_forward(
     dtype: str, q: Array, k: Array, v: Array, table: Table, *, q_freqs: Array | None = None,
     key_mask: Array | None = None, scale: float | None = None, run: KernelRun | None = None, allow_tf32: bool = False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """`out` (B, Nq, H, D) and `lse` (B, H, Nq) of a table given as (query range, key ranges) pairs."""
+    """`out` (B, Nq, H, Dv) and `lse` (B, H, Nq) of a table given as (query range, key ranges) pairs."""
     run, device = run or KernelRun(), _Device()
     fields = _attention_fields(device, dtype, q, k, v, table, q_freqs, key_mask, scale, run, allow_tf32)
-    out = np.zeros(q.shape, q.dtype)
+    out = np.zeros((*q.shape[:3], v.shape[3]), q.dtype)
     lse = np.zeros((q.shape[0], q.shape[2], q.shape[1]), np.float32)
     fields |= {"out": device.address(out, output=True), "lse": device.address(lse, output=True)}
     _run(plans().plan_attention_forward, fields, device, run)

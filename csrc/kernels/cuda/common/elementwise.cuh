@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
     at = token_row(row, p.n_queries, p.heads);
     const auto* out = row_pointer<P>(p.out, at);
     const auto* grad_out = row_pointer<P>(p.grad_out, at);
-    for (int32_t channel = part * kChunkElements<P>; channel < p.head_dim;
+    for (int32_t channel = part * kChunkElements<P>; channel < p.value_dim;
          channel += kThreadsPerRow * kChunkElements<P>) {
       float a[kChunkElements<P>];
       float b[kChunkElements<P>];

@@ -52,7 +52,7 @@ struct StatisticsKernelParams {
   int64_t n_rows;  // batch · n_queries · heads
   int32_t n_queries;
   int32_t heads;
-  int32_t head_dim;
+  int32_t value_dim;
 };
 
 // out = x · freqs, or x · conj(freqs).

@@ -63,9 +63,9 @@ Precision precision_of(ScalarType dtype, bool allow_tf32) {
   }
 }
 
-void check_head_dim(int64_t head_dim) {
+void check_head_dim(int64_t head_dim, const char* name) {
   if (head_dim % 8 != 0 || native_head_dim(head_dim) == 0) {
-    throw std::invalid_argument("head_dim must be a multiple of 8 between 8 and 256 on CUDA, got " +
+    throw std::invalid_argument(std::string(name) + " must be a multiple of 8 between 8 and 256 on CUDA, got " +
                                 std::to_string(head_dim));
   }
 }
@@ -125,14 +125,7 @@ void place_schedule(ScheduleView& view, const Schedule& schedule, Plan& plan, Wo
 
 void check_sizes(const AttentionParams& params) {
   check_head_dim(params.head_dim);
-  if (params.kv_heads != params.heads) {
-    throw std::invalid_argument("k must have as many heads as q on a GPU (" + std::to_string(params.heads) + "), got " +
-                                std::to_string(params.kv_heads));
-  }
-  if (params.value_dim != params.head_dim) {
-    throw std::invalid_argument("v must have the head_dim of q on a GPU (" + std::to_string(params.head_dim) +
-                                "), got " + std::to_string(params.value_dim));
-  }
+  check_head_dim(params.value_dim, "the head_dim of v");
   for (const int64_t size : {params.batch, params.n_queries, params.n_keys, params.heads}) {
     if (size > std::numeric_limits<int32_t>::max()) {
       throw std::invalid_argument("sizes must be below 2^31, got " + std::to_string(size));

@@ -35,8 +35,8 @@ class Workspace {
 
 Precision precision_of(ScalarType dtype, bool allow_tf32);
 
-// Throws unless the kernels take this head_dim.
-void check_head_dim(int64_t head_dim);
+// Throws unless the kernels take this head_dim, which the message calls `name`.
+void check_head_dim(int64_t head_dim, const char* name = "head_dim");
 
 // Throws unless `output` allows 16-byte stores.
 void check_output(const void* output, const char* name);
@@ -98,6 +98,11 @@ void check_sizes(const AttentionParams& params);
 
 // Zero would turn −inf scores into NaN; below this factor every score is as good as zero.
 float scale_log2(double scale);
+
+// As kernels receive it; of tensors without heads it is not used.
+inline int32_t heads_per_kv_head(const AttentionParams& params) {
+  return params.kv_heads == 0 ? 1 : static_cast<int32_t>(params.heads_per_kv_head());
+}
 
 inline const uint8_t* mask_bytes(const AttentionParams& params) {
   return reinterpret_cast<const uint8_t*>(params.key_mask);

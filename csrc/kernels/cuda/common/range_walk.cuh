@@ -107,13 +107,16 @@ class RangeWalk {
     }
   }
 
+  // At the end of a walk: goes through the ranges again, as far as restrict_to has left tiles.
+  __device__ void rewind(int32_t first_range) { range_ = first_range; }
+
   // The next tile, whatever the mask says of it: `count` tokens from `begin` on.
   __device__ bool next_span(int32_t& begin, int32_t& count) {
-    if (tiles_left_-- <= 0) return false;
     if (position_ >= end_) {
       if (range_ >= last_range_) return false;
       enter_range();
     }
+    if (tiles_left_-- <= 0) return false;
     begin = position_;
     count = min(kColumns, end_ - position_);
     position_ += count;

@@ -35,8 +35,8 @@ int64_t count_splits(int64_t column_tiles, int64_t max_column_tiles) {
   return std::max<int64_t>(1, std::min(divide_up(column_tiles, max_column_tiles), root));
 }
 
-std::vector<Group> cover_rows(const RangesView& ranges, int64_t n_rows, int columns_per_tile,
-                              int64_t max_column_tiles) {
+std::vector<Group> cover_rows(const RangesView& ranges, int64_t n_rows, int columns_per_tile, int64_t max_column_tiles,
+                              int64_t walks) {
   std::vector<Group> groups;
   int32_t covered = 0;
   const auto cover_gap = [&](int64_t end) {
@@ -45,7 +45,7 @@ std::vector<Group> cover_rows(const RangesView& ranges, int64_t n_rows, int colu
   for (size_t g = 0; 2 * g < ranges.rows.size(); ++g) {
     cover_gap(ranges.rows[2 * g]);
     covered = ranges.rows[2 * g + 1];
-    const int64_t tiles = count_column_tiles(ranges, g, columns_per_tile);
+    const int64_t tiles = walks * count_column_tiles(ranges, g, columns_per_tile);
     groups.push_back({ranges.rows[2 * g], covered, ranges.offsets[g], ranges.offsets[g + 1], tiles,
                       count_splits(tiles, max_column_tiles)});
   }
@@ -72,8 +72,8 @@ int64_t count_tile_pairs(const RangesView& ranges, int rows_per_tile, int column
 }
 
 Schedule make_schedule(const RangesView& ranges, int64_t n_rows, int rows_per_tile, int columns_per_tile,
-                       int64_t max_column_tiles) {
-  std::vector<Group> groups = cover_rows(ranges, n_rows, columns_per_tile, max_column_tiles);
+                       int64_t max_column_tiles, int64_t walks) {
+  std::vector<Group> groups = cover_rows(ranges, n_rows, columns_per_tile, max_column_tiles, walks);
   std::stable_sort(groups.begin(), groups.end(), [](const Group& a, const Group& b) {
     return a.column_tiles_per_item() > b.column_tiles_per_item();
   });

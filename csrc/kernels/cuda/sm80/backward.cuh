@@ -22,9 +22,9 @@ struct BackwardTraits {
   static constexpr int kColumnTileBytes = kShape.columns * kStride;
 };
 
-__device__ inline const float2* head_statistics(const BackwardKernelParams& p, const WorkItem& work) {
-  const int64_t head = static_cast<int64_t>(work.batch) * p.heads + work.head;
-  return reinterpret_cast<const float2*>(p.row_statistics) + head * p.n_queries;
+__device__ inline const float2* head_statistics(const BackwardKernelParams& p, int32_t batch, int32_t head) {
+  const int64_t batch_head = static_cast<int64_t>(batch) * p.heads + head;
+  return reinterpret_cast<const float2*>(p.row_statistics) + batch_head * p.n_queries;
 }
 
 }  // namespace anchor_attention::sm80

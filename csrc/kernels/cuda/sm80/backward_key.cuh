@@ -1,6 +1,7 @@
-// Gradients of keys and values: a block owns a tile of keys and streams the queries that read them. Scores are formed
-// transposed (keys × queries), so that probabilities leave the accumulators as the left operand of the next product
-// and never pass through shared memory. dV = Pᵀ dO, dK = scale · (P ∘ (dO Vᵀ − delta))ᵀ Q.
+// Gradients of keys and values: a block owns a tile of keys and streams the queries that read them, one head after
+// another where several share the keys, whose sum so never leaves the registers. Scores are formed transposed (keys ×
+// queries), so that probabilities leave the accumulators as the left operand of the next product and never pass through
+// shared memory. dV = Pᵀ dO, dK = scale · (P ∘ (dO Vᵀ − delta))ᵀ Q.
 #pragma once
 
 #include "kernels/cuda/primitives/ordering.cuh"
@@ -66,7 +67,7 @@ __device__ inline void score_gradient_of_keys(Accumulators<kRowBlocks, kStepBloc
 }
 
 __device__ inline int64_t accumulator_index(const BackwardKernelParams& p, const WorkItem& work) {
-  const int64_t batch_head = static_cast<int64_t>(work.batch) * p.heads + work.head;
+  const int64_t batch_head = static_cast<int64_t>(work.batch) * p.kv_heads + work.head;
   return batch_head * p.schedule.n_accumulators + work.accumulator;
 }
 
@@ -118,7 +119,8 @@ __device__ inline void store_accumulators(const Accumulators<kRowBlocks, kColumn
 
 template <class P, int kHeadDim, int kRowBlocks>
 __device__ inline void store_key_gradient(void* gradient, const BackwardKernelParams& p, const WorkItem& work,
-                                          const Accumulators<kRowBlocks, kHeadDim / 8>& acc, float factor) {
+                                          const Accumulators<kRowBlocks, kHeadDim / 8>& acc, int32_t head_dim,
+                                          float factor) {
   if (gradient == nullptr) return;
   const uint8_t* mask = batch_key_mask(p, work);
 #pragma unroll
@@ -129,10 +131,10 @@ __device__ inline void store_key_gradient(void* gradient, const BackwardKernelPa
       if (token >= work.end) continue;
       const bool keep = mask == nullptr || mask[token] != 0;
       auto* out = static_cast<typename P::Storage*>(gradient) +
-                  ((static_cast<int64_t>(work.batch) * p.n_keys + token) * p.heads + work.head) * p.head_dim;
+                  ((static_cast<int64_t>(work.batch) * p.n_keys + token) * p.kv_heads + work.head) * head_dim;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
-        if (8 * n >= p.head_dim) break;
+        if (8 * n >= head_dim) break;
         store_pair<P>(out + 8 * n + lane() % 4 * 2, keep ? factor * acc[m][n][2 * row] : 0.0f,
                       keep ? factor * acc[m][n][2 * row + 1] : 0.0f);
       }
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
   // tile or at the end.
   __shared__ WorkItem s_work;
   if (threadIdx.x < 32) {
-    const WorkItem found = find_work_item(p.schedule, next_item(p), p.heads, kRows);
+    const WorkItem found = find_work_item(p.schedule, next_item(p), p.kv_heads, kRows);
     if (threadIdx.x == 0) s_work = found;
   }
   __syncthreads();
@@ -181,33 +183,46 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
   const uint32_t s_statistics = s_grad_out + kPipelineStages * Traits::kColumnTileBytes;
   const uint32_t warp_rows = threadIdx.x / 32 * 16 * kRowBlocks * kStride + lane_offset_a<kStride>();
 
+  // Of the queries of the next tile. Those that share these keys follow each other.
+  int32_t head = work.head * p.heads_per_kv_head;
   const auto load_stage = [&](const StreamedTile& tile, int stage) {
     const ValidColumns valid{tile.valid};
-    const auto* q_head = head_pointer<P>(p.q, s_work.batch, s_work.head);
-    const auto* grad_out_head = head_pointer<P>(p.grad_out, s_work.batch, s_work.head);
+    const auto* q_head = head_pointer<P>(p.q, s_work.batch, head);
+    const auto* grad_out_head = head_pointer<P>(p.grad_out, s_work.batch, head);
     load_tile<P, kHeadDim, kColumns, kThreads>(s_q + stage * Traits::kColumnTileBytes, p.q, q_head, tile.begin,
                                                p.head_dim, valid);
     load_tile<P, kHeadDim, kColumns, kThreads>(s_grad_out + stage * Traits::kColumnTileBytes, p.grad_out, grad_out_head,
-                                               tile.begin, p.head_dim, valid);
-    load_statistics<kColumns, kThreads>(s_statistics + stage * kColumns * 8, head_statistics(p, s_work), tile);
+                                               tile.begin, p.value_dim, valid);
+    load_statistics<kColumns, kThreads>(s_statistics + stage * kColumns * 8, head_statistics(p, s_work.batch, head),
+                                        tile);
     ptx::cp_async_commit();
   };
 
   RangeWalk<kColumns> walk(p.schedule, work.first_range, work.last_range, nullptr);
   if (work.n_splits > 1) {
-    const int64_t n_tiles = walk.count_tiles();
-    const int32_t first = static_cast<int32_t>(n_tiles * work.split / work.n_splits);
-    walk.restrict_to(first, static_cast<int32_t>(n_tiles * (work.split + 1) / work.n_splits) - first);
+    const int64_t head_tiles = walk.count_tiles();
+    const int64_t n_tiles = head_tiles * p.heads_per_kv_head;
+    const int64_t first = n_tiles * work.split / work.n_splits;
+    head += static_cast<int32_t>(first / head_tiles);
+    walk.restrict_to(static_cast<int32_t>(first % head_tiles),
+                     static_cast<int32_t>(n_tiles * (work.split + 1) / work.n_splits - first));
   }
+  const auto next_tile = [&](StreamedTile& tile) {
+    while (!walk.next(tile)) {
+      if (++head >= (s_work.head + 1) * p.heads_per_kv_head) return false;
+      walk.rewind(s_work.first_range);
+    }
+    return true;
+  };
   StreamedTile tile{};
-  bool exists = any_row_kept(mask, work) && walk.next(tile);
+  bool exists = any_row_kept(mask, work) && next_tile(tile);
   if (exists) {
     const KeptRows kept{mask == nullptr ? nullptr : mask + work.begin, work.end - work.begin};
     load_tile<P, kHeadDim, kRows, kThreads>(s_k, p.k, head_pointer<P>(p.k, work.batch, work.head), work.begin,
                                             p.head_dim, kept);
     if constexpr (kWantsKey) {
       load_tile<P, kHeadDim, kRows, kThreads>(s_v, p.v, head_pointer<P>(p.v, work.batch, work.head), work.begin,
-                                              p.head_dim, kept);
+                                              p.value_dim, kept);
     }
     load_stage(tile, 0);
   }
@@ -222,7 +237,7 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
     const int columns = has_rows ? __popcll(tile.valid) : 0;  // without a mask they are the first ones
     ptx::cp_async_wait<0>();
     __syncthreads();  // this tile is here, and the other stage is read no more
-    exists = walk.next(tile);
+    exists = next_tile(tile);
     if (exists) load_stage(tile, stage ^ 1);
 
     const uint32_t stage_q = s_q + stage * Traits::kColumnTileBytes;
@@ -237,11 +252,11 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
       qk_gemm<P, kHeadDim, kStride>(r_scores, s_k + warp_rows, stage_q + lane_b, p.head_dim);
       probabilities(r_scores, step_statistics, p.scale_log2);
       if constexpr (kWantsValue)
-        pv_gemm<P, kStride>(r_grad_v, r_scores, stage_grad_out + lane_transposed_b, p.head_dim);
+        pv_gemm<P, kStride>(r_grad_v, r_scores, stage_grad_out + lane_transposed_b, p.value_dim);
       if constexpr (kWantsKey) {
         Accumulators<kRowBlocks, Traits::kStepBlocks> r_probability_gradient;
         clear(r_probability_gradient);
-        qk_gemm<P, kHeadDim, kStride>(r_probability_gradient, s_v + warp_rows, stage_grad_out + lane_b, p.head_dim);
+        qk_gemm<P, kHeadDim, kStride>(r_probability_gradient, s_v + warp_rows, stage_grad_out + lane_b, p.value_dim);
         score_gradient_of_keys(r_scores, r_probability_gradient, step_statistics);
         pv_gemm<P, kStride>(r_grad_k, r_scores, stage_q + lane_transposed_b, p.head_dim);
       }
@@ -267,8 +282,8 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
       return;
     }
   }
-  if constexpr (kWantsKey) store_key_gradient<P, kHeadDim>(p.grad_k, p, s_work, r_grad_k, p.scale);
-  if constexpr (kWantsValue) store_key_gradient<P, kHeadDim>(p.grad_v, p, s_work, r_grad_v, 1.0f);
+  if constexpr (kWantsKey) store_key_gradient<P, kHeadDim>(p.grad_k, p, s_work, r_grad_k, p.head_dim, p.scale);
+  if constexpr (kWantsValue) store_key_gradient<P, kHeadDim>(p.grad_v, p, s_work, r_grad_v, p.value_dim, 1.0f);
 }
 
 template <class P, int kHeadDim, KeyGradients kGradients>

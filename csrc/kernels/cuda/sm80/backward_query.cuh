@@ -67,8 +67,9 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
   extern __shared__ Chunk shared_memory[];
 
   const WorkItem work = find_work_item(p.schedule, blockIdx.x, p.heads, kRows);
-  const auto* k_head = head_pointer<P>(p.k, work.batch, work.head);
-  const auto* v_head = head_pointer<P>(p.v, work.batch, work.head);
+  const int32_t kv_head = work.head / p.heads_per_kv_head;
+  const auto* k_head = head_pointer<P>(p.k, work.batch, kv_head);
+  const auto* v_head = head_pointer<P>(p.v, work.batch, kv_head);
   const uint8_t* mask = batch_key_mask(p, work);
 
   const uint32_t s_q = ptx::shared_address(shared_memory);
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
     load_tile<P, kHeadDim, kColumns, Traits::kThreads>(s_k + stage * Traits::kColumnTileBytes, p.k, k_head, tile.begin,
                                                        p.head_dim, valid);
     load_tile<P, kHeadDim, kColumns, Traits::kThreads>(s_v + stage * Traits::kColumnTileBytes, p.v, v_head, tile.begin,
-                                                       p.head_dim, valid);
+                                                       p.value_dim, valid);
     ptx::cp_async_commit();
   };
 
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
     load_tile<P, kHeadDim, kRows, Traits::kThreads>(s_q, p.q, head_pointer<P>(p.q, work.batch, work.head), work.begin,
                                                     p.head_dim, rows);
     load_tile<P, kHeadDim, kRows, Traits::kThreads>(
-        s_grad_out, p.grad_out, head_pointer<P>(p.grad_out, work.batch, work.head), work.begin, p.head_dim, rows);
+        s_grad_out, p.grad_out, head_pointer<P>(p.grad_out, work.batch, work.head), work.begin, p.value_dim, rows);
     load_stage(tile, 0);
   }
 
@@ -106,7 +107,8 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int32_t token = work.begin + accumulator_row<kRowBlocks>(m, row);
-      r_statistics[m][row] = token < work.end ? head_statistics(p, work)[token] : make_float2(INFINITY, 0.0f);
+      r_statistics[m][row] =
+          token < work.end ? head_statistics(p, work.batch, work.head)[token] : make_float2(INFINITY, 0.0f);
     }
   }
   Accumulators<kRowBlocks, Traits::kHeadBlocks> r_grad_q;
@@ -131,7 +133,7 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
       clear(r_probability_gradient);
       const uint32_t lane_b = step * kStride + lane_offset_b<kStride>();
       qk_gemm<P, kHeadDim, kStride>(r_scores, s_q + warp_rows, stage_k + lane_b, p.head_dim);
-      qk_gemm<P, kHeadDim, kStride>(r_probability_gradient, s_grad_out + warp_rows, stage_v + lane_b, p.head_dim);
+      qk_gemm<P, kHeadDim, kStride>(r_probability_gradient, s_grad_out + warp_rows, stage_v + lane_b, p.value_dim);
       score_gradient(r_scores, r_probability_gradient, r_statistics, p.scale_log2);
       fill_masked(r_scores, valid >> step, 0.0f);
       pv_gemm<P, kStride>(r_grad_q, r_scores, stage_k + step * kStride + lane_offset_transposed_b<P, kStride>(),

@@ -130,10 +130,10 @@ __device__ inline void store_out(const ForwardKernelParams& p, const WorkItem& w
         p.lse[head * p.n_queries + token] = sum == 0.0f ? -INFINITY : (shift + ptx::log2_approx(sum)) * kLn2;
       }
       const int64_t first =
-          ((static_cast<int64_t>(work.batch) * p.n_queries + token) * p.heads + work.head) * p.head_dim;
+          ((static_cast<int64_t>(work.batch) * p.n_queries + token) * p.heads + work.head) * p.value_dim;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
-        if (8 * n >= p.head_dim) break;
+        if (8 * n >= p.value_dim) break;
         store_pair<P>(out + first + 8 * n + lane() % 4 * 2, r_out[m][n][2 * row] * inverse,
                       r_out[m][n][2 * row + 1] * inverse);
       }
@@ -149,8 +149,9 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
   extern __shared__ Chunk shared_memory[];
 
   const WorkItem work = find_work_item(p.schedule, blockIdx.x, p.heads, Traits::kShape.rows);
-  const auto* k_head = head_pointer<P>(p.k, work.batch, work.head);
-  const auto* v_head = head_pointer<P>(p.v, work.batch, work.head);
+  const int32_t kv_head = work.head / p.heads_per_kv_head;
+  const auto* k_head = head_pointer<P>(p.k, work.batch, kv_head);
+  const auto* v_head = head_pointer<P>(p.v, work.batch, kv_head);
   const uint8_t* mask = batch_key_mask(p, work);
 
   const uint32_t s_q = ptx::shared_address(shared_memory);
@@ -170,7 +171,7 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
     ptx::cp_async_commit();
     if (exists) {
       load_tile<P, kHeadDim, kColumns, Traits::kThreads>(s_v + stage * Traits::kTileBytes, p.v, v_head, tile.begin,
-                                                         p.head_dim, valid);
+                                                         p.value_dim, valid);
     }
     ptx::cp_async_commit();
   };
@@ -207,7 +208,7 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
     }
     ptx::cp_async_wait<2>();
     __syncthreads();
-    if (has_rows) pv_gemm<P, kStride>(r_out, r_scores, lane_v + stage * Traits::kTileBytes, p.head_dim);
+    if (has_rows) pv_gemm<P, kStride>(r_out, r_scores, lane_v + stage * Traits::kTileBytes, p.value_dim);
   }
   store_out<P, kHeadDim>(p, work, r_out, state);
 }

@@ -14,13 +14,15 @@ struct ForwardKernelParams {
   TensorView v;
   const float* q_freqs;     // interleaved real and imaginary parts, may be null
   const uint8_t* key_mask;  // may be null
-  void* out;                // [batch, n_queries, heads, head_dim]
+  void* out;                // [batch, n_queries, heads, value_dim]
   float* lse;               // [batch, heads, n_queries]
   FreqsStrides q_freqs_strides;
   int64_t key_mask_batch_stride;
   int32_t n_queries;
   int32_t heads;
+  int32_t heads_per_kv_head;  // that share keys and values
   int32_t head_dim;
+  int32_t value_dim;
   float scale_log2;  // |scale| · log2(e)
   float q_sign;      // the sign of scale, applied to q so that the running maximum may use unscaled scores
   ScheduleView schedule;
@@ -35,16 +37,19 @@ struct BackwardKernelParams {
   const float* q_freqs;         // to rotate grad_q back, null when it stays rotated
   const uint8_t* key_mask;      // may be null
   void* grad_q;                 // [batch, n_queries, heads, head_dim]
-  void* grad_k;                 // [batch, n_keys, heads, head_dim], may be null
-  void* grad_v;                 // [batch, n_keys, heads, head_dim], may be null
-  float* accumulators;          // [batch · heads, n_accumulators, gradients, rows · native head_dim], fragment order
-  int32_t* counters;  // [1 + batch · heads · n_accumulators]: next item, then whose turn it is per accumulator
+  void* grad_k;                 // [batch, n_keys, kv_heads, head_dim], may be null
+  void* grad_v;                 // [batch, n_keys, kv_heads, value_dim], may be null
+  float* accumulators;          // [batch · kv_heads, n_accumulators, gradients, rows · native head_dim], fragment order
+  int32_t* counters;  // [1 + batch · kv_heads · n_accumulators]: next item, then whose turn it is per accumulator
   FreqsStrides q_freqs_strides;
   int64_t key_mask_batch_stride;
   int32_t n_queries;
   int32_t n_keys;
   int32_t heads;
+  int32_t kv_heads;
+  int32_t heads_per_kv_head;
   int32_t head_dim;
+  int32_t value_dim;
   float scale;
   float scale_log2;
   ScheduleView schedule;

@@ -1,5 +1,6 @@
 #include "kernels/cuda/sm80/plan_sm80.h"
 
+#include <algorithm>
 #include <limits>
 #include <stdexcept>
 
@@ -15,11 +16,10 @@ constexpr int64_t kMinColumnTilesPerItem = 8;
 // Items per multiprocessor that a split aims at: enough for two resident blocks and an even end.
 constexpr int64_t kItemsPerMultiprocessor = 4;
 
-void add_attention_launch(Plan& plan, Pass pass, const AttentionParams& params, const KernelId& kernel, int64_t n_items,
-                          const auto& kernel_params) {
+void add_attention_launch(Plan& plan, Pass pass, const KernelId& kernel, int64_t n_blocks, const auto& kernel_params) {
   const TileShape shape = tile_shape(pass, kernel.precision, kernel.head_dim);
-  add_launch(plan, kernel, n_items * params.batch * params.heads, shape.threads(),
-             shared_bytes(pass, kernel.precision, kernel.head_dim), kernel_params);
+  add_launch(plan, kernel, n_blocks, shape.threads(), shared_bytes(pass, kernel.precision, kernel.head_dim),
+             kernel_params);
 }
 
 int64_t column_tiles_per_item(const AttentionParams& params, const PlanOptions& options, const RangesView& ranges,
@@ -33,13 +33,13 @@ void add_key_pass(Plan& plan, const AttentionParams& forward, const KernelId& ke
                   const Schedule& schedule, Workspace& workspace, StatisticsKernelParams& statistics) {
   if (schedule.n_accumulators > 0) {
     const TileShape shape = tile_shape(Pass::backward_key, kernel.precision, kernel.head_dim);
-    const int64_t n_tiles = forward.batch * forward.heads * schedule.n_accumulators;
+    const int64_t n_tiles = forward.batch * forward.kv_heads * schedule.n_accumulators;
     const int gradients = kernel.gradients == KeyGradients::both ? 2 : 1;
     params.accumulators = workspace.take<float>(n_tiles * gradients * shape.rows * kernel.head_dim);
     params.counters = statistics.counters + statistics.n_counters;
     statistics.n_counters += 1 + n_tiles;
   }
-  add_attention_launch(plan, Pass::backward_key, forward, kernel, schedule.n_items, params);
+  add_attention_launch(plan, Pass::backward_key, kernel, forward.batch * forward.kv_heads * schedule.n_items, params);
 }
 
 }  // namespace
@@ -48,7 +48,7 @@ Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& op
   check_sizes(params);
   check_output(params.out, "out");
   const Precision precision = precision_of(params.dtype, options.allow_tf32);
-  const int head_dim = native_head_dim(params.head_dim);
+  const int head_dim = native_head_dim(std::max(params.head_dim, params.value_dim));
   const TileShape shape = tile_shape(Pass::forward, precision, head_dim);
   Plan plan;
   Workspace workspace(workspace_base);
@@ -64,14 +64,16 @@ Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& op
   kernel_params.key_mask_batch_stride = params.key_mask_batch_stride;
   kernel_params.n_queries = static_cast<int32_t>(params.n_queries);
   kernel_params.heads = static_cast<int32_t>(params.heads);
+  kernel_params.heads_per_kv_head = heads_per_kv_head(params);
   kernel_params.head_dim = static_cast<int32_t>(params.head_dim);
+  kernel_params.value_dim = static_cast<int32_t>(params.value_dim);
   kernel_params.scale_log2 = scale_log2(params.scale);
   kernel_params.q_sign = params.scale < 0 ? -1.0f : 1.0f;
   const Schedule schedule = make_schedule(view_of(params.table), params.n_queries, shape.rows, shape.columns,
                                           std::numeric_limits<int64_t>::max());
   place_schedule(kernel_params.schedule, schedule, plan, workspace);
-  add_attention_launch(plan, Pass::forward, params, {KernelKind::forward, precision, head_dim, {}}, schedule.n_items,
-                       kernel_params);
+  add_attention_launch(plan, Pass::forward, {KernelKind::forward, precision, head_dim, {}},
+                       params.batch * params.heads * schedule.n_items, kernel_params);
   plan.workspace_bytes = workspace.bytes();
   return plan;
 }
@@ -89,7 +91,7 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
   const bool wants_key_pass = params.grad_k != nullptr || params.grad_v != nullptr;
   const Precision precision = precision_of(forward.dtype, options.allow_tf32);
   const Precision storage = precision_of(forward.dtype, true);
-  const int head_dim = native_head_dim(forward.head_dim);
+  const int head_dim = native_head_dim(std::max(forward.head_dim, forward.value_dim));
   const int64_t n_rows = forward.batch * forward.heads * forward.n_queries;
   const TensorView q = tensor_view(forward.q, forward.q_strides, forward.dtype);
   const TensorView grad_out = tensor_view(params.grad_out, params.grad_out_strides, forward.dtype);
@@ -130,12 +132,16 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
   common.n_queries = static_cast<int32_t>(forward.n_queries);
   common.n_keys = static_cast<int32_t>(forward.n_keys);
   common.heads = static_cast<int32_t>(forward.heads);
+  common.kv_heads = static_cast<int32_t>(forward.kv_heads);
+  common.heads_per_kv_head = heads_per_kv_head(forward);
   common.head_dim = static_cast<int32_t>(forward.head_dim);
+  common.value_dim = static_cast<int32_t>(forward.value_dim);
   common.scale = static_cast<float>(forward.scale);
   common.scale_log2 = static_cast<float>(forward.scale * kLog2E);
 
   StatisticsKernelParams statistics{};
-  statistics.out = tensor_view(forward.out, contiguous, forward.dtype);
+  statistics.out =
+      tensor_view(forward.out, contiguous_strides(forward.n_queries, forward.heads, forward.value_dim), forward.dtype);
   statistics.grad_out = grad_out;
   statistics.lse = static_cast<const float*>(forward.lse);
   statistics.grad_lse = static_cast<const float*>(params.grad_lse);
@@ -143,16 +149,17 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
   statistics.n_rows = n_rows;
   statistics.n_queries = common.n_queries;
   statistics.heads = common.heads;
-  statistics.head_dim = common.head_dim;
+  statistics.value_dim = common.value_dim;
 
   if (wants_key_pass) {
     const TransposedKeyRangeTable table = transpose(forward.table);
     const RangesView ranges{table.k_ranges, table.q_offsets, table.q_ranges};
     const TileShape shape = tile_shape(Pass::backward_key, precision, head_dim);
-    const Schedule schedule = make_schedule(ranges, forward.n_keys, shape.rows, shape.columns,
-                                            column_tiles_per_item(forward, options, ranges, shape));
+    const Schedule schedule =
+        make_schedule(ranges, forward.n_keys, shape.rows, shape.columns,
+                      column_tiles_per_item(forward, options, ranges, shape), common.heads_per_kv_head);
     // Room for the counters of both launches that the widest heads take.
-    statistics.counters = workspace.take<int32_t>(2 * (1 + forward.batch * forward.heads * schedule.n_accumulators));
+    statistics.counters = workspace.take<int32_t>(2 * (1 + forward.batch * forward.kv_heads * schedule.n_accumulators));
     BackwardKernelParams key_params = common;
     place_schedule(key_params.schedule, schedule, plan, workspace);
     const auto add = [&](KeyGradients gradients) {
@@ -176,8 +183,8 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
     const Schedule schedule = make_schedule(view_of(forward.table), forward.n_queries, shape.rows, shape.columns,
                                             std::numeric_limits<int64_t>::max());
     place_schedule(query_params.schedule, schedule, plan, workspace);
-    add_attention_launch(passes, Pass::backward_query, forward, {KernelKind::backward_query, precision, head_dim, {}},
-                         schedule.n_items, query_params);
+    add_attention_launch(passes, Pass::backward_query, {KernelKind::backward_query, precision, head_dim, {}},
+                         forward.batch * forward.heads * schedule.n_items, query_params);
     if (rotate_back_later) {
       add_rope_freqs_gradient(passes, rotation, common.q, params.grad_q_freqs, forward.q_freqs_strides.batch == 0);
       if (params.grad_q != nullptr) {

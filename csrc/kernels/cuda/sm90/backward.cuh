@@ -38,6 +38,11 @@ static_assert(sizeof(BackwardBlock) <= kBackwardStaticSharedBytes);
 
 constexpr int kConsumerWarps = kBackwardConsumers / 32;
 
+// Among [batch, heads] of the queries.
+__device__ inline int64_t batch_head(const BackwardKernelParams& p, const KeyItem& item, const QueryTile& tile) {
+  return static_cast<int64_t>(item.batch) * p.kv_heads * p.heads_per_kv_head + tile.head;
+}
+
 __device__ inline bool is_first_lane() { return threadIdx.x % 32 == 0; }
 __device__ inline int consumer_thread() { return static_cast<int>(threadIdx.x) - kWarpgroupThreads; }
 __device__ inline void sync_consumers() { ptx::named_barrier_sync(kConsumersBarrier, kBackwardConsumers); }
@@ -67,11 +72,10 @@ __device__ inline void initialise(BackwardBarriers& barriers) {
 // A tile of kRows tokens, block of channels by block of channels.
 template <class Traits, int kRows>
 __device__ inline void load_tile(uint32_t shared, const TensorMap& map, const AxisSteps& steps, int32_t token,
-                                 const KeyItem& item, uint32_t barrier) {
+                                 int32_t batch, int32_t head, uint32_t barrier) {
 #pragma unroll
   for (int channel = 0; channel < Traits::kTile.head_dim; channel += Traits::kTile.channels) {
-    ptx::tma_load(shared + channel * 2 * kRows, map, {channel, token, item.head * steps.head, item.batch * steps.batch},
-                  barrier);
+    ptx::tma_load(shared + channel * 2 * kRows, map, {channel, token, head * steps.head, batch * steps.batch}, barrier);
   }
 }
 
@@ -84,11 +88,11 @@ __device__ inline void load_tiles(const BackwardKernelParams& p, BackwardBlock& 
   if (is_first_lane()) {
     const uint32_t barrier = ptx::shared_address(&block.barriers.keys);
     ptx::mbarrier_arrive_expect(barrier, 2 * Traits::kKeyTileBytes);
-    load_tile<Traits, kBackwardKeys>(shared + Traits::kAt.k, p.k, p.k_steps, item.begin, item, barrier);
-    load_tile<Traits, kBackwardKeys>(shared + Traits::kAt.v, p.v, p.v_steps, item.begin, item, barrier);
+    load_tile<Traits, kBackwardKeys>(shared + Traits::kAt.k, p.k, p.k_steps, item.begin, item.batch, item.kv_head,
+                                     barrier);
+    load_tile<Traits, kBackwardKeys>(shared + Traits::kAt.v, p.v, p.v_steps, item.begin, item.batch, item.kv_head,
+                                     barrier);
   }
-  const auto* head_statistics =
-      reinterpret_cast<const float2*>(p.row_statistics) + static_cast<int64_t>(item.batch_head) * p.n_queries;
   QueryWalk<Traits::kQueries> walk(p, item);
   QueryTile tile;
   for (uint32_t n = 0; walk.next(tile); ++n) {
@@ -96,6 +100,8 @@ __device__ inline void load_tiles(const BackwardKernelParams& p, BackwardBlock& 
     wait_phase(block.barriers.empty[stage], n / kBackwardStages + 1);
     const uint32_t barrier = ptx::shared_address(&block.barriers.full[stage]);
     const uint32_t offset = stage * Traits::kQueryTileBytes;
+    const auto* head_statistics =
+        reinterpret_cast<const float2*>(p.row_statistics) + batch_head(p, item, tile) * p.n_queries;
     // Statistics of a query that is not in the range are zero, as its row will be: see clear_rows.
 #pragma unroll
     for (int i = 0; i < Traits::kQueries; i += 32) {
@@ -107,9 +113,10 @@ __device__ inline void load_tiles(const BackwardKernelParams& p, BackwardBlock& 
     if (is_first_lane()) {
       block.counts[stage] = tile.count;
       ptx::mbarrier_arrive_expect(barrier, 2 * Traits::kQueryTileBytes);
-      load_tile<Traits, Traits::kQueries>(shared + Traits::kAt.q + offset, p.q, p.q_steps, tile.begin, item, barrier);
+      load_tile<Traits, Traits::kQueries>(shared + Traits::kAt.q + offset, p.q, p.q_steps, tile.begin, item.batch,
+                                          tile.head, barrier);
       load_tile<Traits, Traits::kQueries>(shared + Traits::kAt.grad_out + offset, p.grad_out, p.grad_out_steps,
-                                          tile.begin, item, barrier);
+                                          tile.begin, item.batch, tile.head, barrier);
     } else {
       ptx::mbarrier_arrive(barrier);
     }
@@ -122,12 +129,12 @@ template <class Traits>
 __device__ inline void add_query_gradients(const BackwardKernelParams& p, BackwardBlock& block, uint32_t shared) {
   if (!is_first_lane()) return;
   constexpr int kBytes = Traits::kQueryGradientBytes;
-  const int64_t head_tiles = static_cast<int64_t>(block.item.batch_head) * p.n_query_tiles;
   QueryWalk<Traits::kQueries> walk(p, block.item);
   QueryTile tile;
   for (uint32_t n = 0; walk.next(tile); ++n) {
-    int32_t* turn = p.query_turns + head_tiles + tile.index;
-    float* sums = p.query_gradients + (head_tiles + tile.index) * (kBytes / 4);
+    const int64_t index = batch_head(p, block.item, tile) * p.n_query_tiles + tile.index;
+    int32_t* turn = p.query_turns + index;
+    float* sums = p.query_gradients + index * (kBytes / 4);
     wait_phase(block.barriers.gradient_full, n);
     await_turn(turn, tile.turn);
     ptx::fence_async_proxy_global();
@@ -149,13 +156,13 @@ __device__ inline void add_query_gradients(const BackwardKernelParams& p, Backwa
 template <class Traits>
 __device__ inline void pass_turns(const BackwardKernelParams& p, const KeyItem& item) {
   constexpr int kFloats = Traits::kQueryGradientBytes / 4;
-  const int64_t head_tiles = static_cast<int64_t>(item.batch_head) * p.n_query_tiles;
   QueryWalk<Traits::kQueries> walk(p, item);
   QueryTile tile;
   while (walk.next(tile)) {
-    int32_t* turn = p.query_turns + head_tiles + tile.index;
+    const int64_t index = batch_head(p, item, tile) * p.n_query_tiles + tile.index;
+    int32_t* turn = p.query_turns + index;
     if (tile.turn == 0) {
-      auto* sums = reinterpret_cast<float4*>(p.query_gradients + (head_tiles + tile.index) * kFloats);
+      auto* sums = reinterpret_cast<float4*>(p.query_gradients + index * kFloats);
       for (int i = threadIdx.x % 32; i < kFloats / 4; i += 32) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       __syncwarp();
     }
@@ -200,7 +207,7 @@ __device__ inline void await_queries(BackwardBlock& block, uint32_t q, uint32_t 
 template <class Traits>
 __device__ inline bool add_splits(const BackwardKernelParams& p, const KeyItem& item,
                                   float (&grad_k)[Traits::kKeyGradient], float (&grad_v)[Traits::kKeyGradient]) {
-  const int64_t index = static_cast<int64_t>(item.batch_head) * p.schedule.n_accumulators + item.accumulator;
+  const int64_t index = static_cast<int64_t>(item.batch_kv_head) * p.schedule.n_accumulators + item.accumulator;
   float* sums = p.key_gradients + index * 2 * (Traits::kKeyTileBytes / 2);
   const bool last = item.split + 1 == item.n_splits;
   if (consumer_thread() == 0) await_turn(p.key_turns + index, item.split);
@@ -226,7 +233,7 @@ __device__ inline bool add_splits(const BackwardKernelParams& p, const KeyItem& 
 
 template <class P, int kCount>
 __device__ inline void store_gradient(void* gradient, const BackwardKernelParams& p, const KeyItem& item,
-                                      const float (&values)[kCount], float factor) {
+                                      const float (&values)[kCount], int32_t head_dim, float factor) {
   if (gradient == nullptr) return;
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -236,10 +243,10 @@ __device__ inline void store_gradient(void* gradient, const BackwardKernelParams
     if (token >= item.end) continue;
     const bool keep = item.keeps(key);
     auto* out = static_cast<typename P::Storage*>(gradient) +
-                ((static_cast<int64_t>(item.batch) * p.n_keys + token) * p.heads + item.head) * p.head_dim;
+                ((static_cast<int64_t>(item.batch) * p.n_keys + token) * p.kv_heads + item.kv_head) * head_dim;
 #pragma unroll
     for (int n = 0; n < kCount / 4; ++n) {
-      if (8 * n >= p.head_dim) break;
+      if (8 * n >= head_dim) break;
       store_pair<P>(out + 8 * n + lane % 4 * 2, keep ? factor * values[4 * n + 2 * row] : 0.0f,
                     keep ? factor * values[4 * n + 2 * row + 1] : 0.0f);
     }
@@ -359,8 +366,8 @@ __device__ inline void multiply_tiles(const BackwardKernelParams& p, BackwardBlo
   keep_order(r_ds);
 
   if (block.item.n_splits > 1 && !add_splits<Traits>(p, block.item, r_grad_k, r_grad_v)) return;
-  store_gradient<P>(p.grad_k, p, block.item, r_grad_k, p.scale);
-  store_gradient<P>(p.grad_v, p, block.item, r_grad_v, 1.0f);
+  store_gradient<P>(p.grad_k, p, block.item, r_grad_k, p.head_dim, p.scale);
+  store_gradient<P>(p.grad_v, p, block.item, r_grad_v, p.value_dim, 1.0f);
 }
 
 template <class P, int kHeadDim, QueryGradient kQueryGradient, class Traits = BackwardTraits<P, kHeadDim>>

@@ -12,8 +12,8 @@ namespace anchor_attention::sm90 {
 
 struct KeyItem {
   int32_t batch;
-  int32_t head;
-  int32_t batch_head;
+  int32_t kv_head;
+  int32_t batch_kv_head;
   int32_t begin;  // keys
   int32_t end;
   int32_t first_range;
@@ -22,8 +22,9 @@ struct KeyItem {
   int32_t split;
   int32_t n_splits;
   int32_t accumulator;                // among those of the head
-  int32_t skipped_tiles;              // of queries: earlier splits have them
-  int32_t n_tiles;                    // of queries
+  int32_t first_head;                 // of queries: earlier splits have those before
+  int32_t skipped_tiles;              // of queries of that head
+  int32_t n_tiles;                    // of queries of all heads
   uint32_t kept[kBackwardKeys / 32];  // a bit per key: it is there and not masked
 
   __device__ bool keeps(int32_t key) const { return (kept[key / 32] >> key % 32 & 1) != 0; }
@@ -32,18 +33,25 @@ struct KeyItem {
 };
 
 struct QueryTile {
+  int32_t head;
   int32_t begin;
   int32_t count;
   int32_t index;  // among the tiles of queries of the head
   int32_t turn;   // how many additions to the tile come before
 };
 
-// Through the ranges of an item, or of its split's share of them.
+// Through the ranges of an item, once for each head of queries that shares the keys, or of its split's share of that.
 template <int kQueries>
 class QueryWalk {
  public:
   __device__ QueryWalk(const BackwardKernelParams& p, const KeyItem& item)
-      : p_(p), range_(item.first_range), tiles_left_(item.n_tiles), tile_of_keys_(item.tile) {
+      : p_(p),
+        first_range_(item.first_range),
+        last_range_(item.last_range),
+        range_(item.first_range),
+        head_(item.first_head),
+        tiles_left_(item.n_tiles),
+        tile_of_keys_(item.tile) {
     for (int32_t skip = item.skipped_tiles; tiles_left_ > 0;) {
       enter_range();
       const int32_t tiles = (end_ - position_ + kQueries - 1) / kQueries;
@@ -58,8 +66,14 @@ class QueryWalk {
 
   __device__ bool next(QueryTile& tile) {
     if (tiles_left_-- <= 0) return false;
-    if (position_ >= end_) enter_range();
-    tile = {position_, min(kQueries, end_ - position_), index_, turn_};
+    if (position_ >= end_) {
+      if (range_ == last_range_) {
+        range_ = first_range_;
+        ++head_;
+      }
+      enter_range();
+    }
+    tile = {head_, position_, min(kQueries, end_ - position_), index_, turn_};
     position_ += kQueries;
     ++index_;
     return true;
@@ -90,7 +104,10 @@ class QueryWalk {
   }
 
   const BackwardKernelParams& p_;
+  int32_t first_range_;
+  int32_t last_range_;
   int32_t range_;
+  int32_t head_;
   int32_t tiles_left_;
   int32_t tile_of_keys_;
   int32_t position_ = 0;
@@ -100,22 +117,22 @@ class QueryWalk {
 };
 
 // The next item, for one warp. Blocks take items in the order in which they start, and wait only for earlier items:
-// whoever waits, waits for a block that runs already. Heads alternate, so that blocks that run together seldom add to
-// the same tile of queries; the splits of a tile of keys follow each other for the same reason.
+// whoever waits, waits for a block that runs already. Heads of keys alternate, so that blocks that run together seldom
+// add to the same tile of queries; the splits of a tile of keys follow each other for the same reason.
 template <int kQueries>
 __device__ inline KeyItem take_item(const BackwardKernelParams& p) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
   int32_t ticket = 0;
   if (lane == 0) ticket = ptx::fetch_add_relaxed(p.ticket, 1);
   ticket = __shfl_sync(kFullWarp, ticket, 0);
-  const int32_t item_of_head = ticket / p.batch_heads;
+  const int32_t item_of_head = ticket / p.batch_kv_heads;
   const int32_t word = find_group(p.schedule, item_of_head) * kWordsPerGroup;
   const int32_t local = item_of_head - schedule_word(p.schedule, word);
 
   KeyItem item;
-  item.batch_head = ticket % p.batch_heads;
-  item.batch = item.batch_head / p.heads;
-  item.head = item.batch_head % p.heads;
+  item.batch_kv_head = ticket % p.batch_kv_heads;
+  item.batch = item.batch_kv_head / p.kv_heads;
+  item.kv_head = item.batch_kv_head % p.kv_heads;
   item.n_splits = schedule_word(p.schedule, word + 4);
   item.split = local % item.n_splits;
   item.tile = local / item.n_splits;
@@ -124,9 +141,12 @@ __device__ inline KeyItem take_item(const BackwardKernelParams& p) {
   item.first_range = schedule_word(p.schedule, word + 3);
   item.last_range = schedule_word(p.schedule, word + kWordsPerGroup + 3);
   item.accumulator = schedule_word(p.schedule, word + 5) + item.tile;
-  const int64_t n_tiles = QueryWalk<kQueries>::count_tiles(p, item.first_range, item.last_range);
-  item.skipped_tiles = static_cast<int32_t>(n_tiles * item.split / item.n_splits);
-  item.n_tiles = static_cast<int32_t>(n_tiles * (item.split + 1) / item.n_splits) - item.skipped_tiles;
+  const int32_t tiles_of_head = QueryWalk<kQueries>::count_tiles(p, item.first_range, item.last_range);
+  const int64_t n_tiles = static_cast<int64_t>(tiles_of_head) * p.heads_per_kv_head;
+  const int64_t skipped = n_tiles * item.split / item.n_splits;
+  item.n_tiles = static_cast<int32_t>(n_tiles * (item.split + 1) / item.n_splits - skipped);
+  item.first_head = item.kv_head * p.heads_per_kv_head + static_cast<int32_t>(skipped / max(tiles_of_head, 1));
+  item.skipped_tiles = static_cast<int32_t>(skipped % max(tiles_of_head, 1));
   const uint8_t* mask = p.key_mask == nullptr ? nullptr : p.key_mask + item.batch * p.key_mask_batch_stride;
 #pragma unroll
   for (int i = 0; i < kBackwardKeys / 32; ++i) {

@@ -32,19 +32,21 @@ struct BackwardKernelParams {
   AxisSteps grad_out_steps;
   const float* row_statistics;  // [batch, heads, n_queries, 2]: lse · log2(e) (+inf for rows without keys), delta
   const uint8_t* key_mask;      // may be null
-  void* grad_k;                 // [batch, n_keys, heads, head_dim], may be null
-  void* grad_v;                 // [batch, n_keys, heads, head_dim], may be null
+  void* grad_k;                 // [batch, n_keys, kv_heads, head_dim], may be null
+  void* grad_v;                 // [batch, n_keys, kv_heads, value_dim], may be null
   float* query_gradients;       // [batch · heads, n_query_tiles, queries · native head_dim], fragment order
-  float* key_gradients;         // [batch · heads, n_accumulators, 2, 128 · native head_dim], fragment order
+  float* key_gradients;         // [batch · kv_heads, n_accumulators, 2, 128 · native head_dim], fragment order
   int32_t* ticket;              // the next item
   int32_t* query_turns;         // [batch · heads, n_query_tiles]: blocks that have added to the tile
-  int32_t* key_turns;           // [batch · heads, n_accumulators]: splits that have added to the tile
+  int32_t* key_turns;           // [batch · kv_heads, n_accumulators]: splits that have added to the tile
   int64_t key_mask_batch_stride;
   int32_t n_queries;
   int32_t n_keys;
-  int32_t batch_heads;
-  int32_t heads;
+  int32_t batch_kv_heads;
+  int32_t kv_heads;
+  int32_t heads_per_kv_head;
   int32_t head_dim;
+  int32_t value_dim;
   int32_t n_query_tiles;
   int32_t n_ranges;
   float scale;

@@ -19,6 +19,6 @@ struct BackwardSchedule {
 // them, and a tile's additions can be counted ahead. A tile of keys with many tiles of queries is worked through by
 // several items, so that the grid holds `items` of them or more.
 BackwardSchedule make_backward_schedule(const KeyRangeTableView& table, int64_t n_queries, int64_t n_keys,
-                                        int queries_per_tile, int64_t items);
+                                        int queries_per_tile, int64_t items, int64_t heads_per_kv_head);
 
 }  // namespace anchor_attention::sm90

@@ -342,10 +342,10 @@ class ForwardConsumer {
       const int32_t token = work.begin + first_row + 8 * row;
       if (token >= work.end) continue;
       const int64_t first =
-          ((static_cast<int64_t>(work.batch) * p_.n_queries + token) * p_.heads + work.head) * p_.head_dim;
+          ((static_cast<int64_t>(work.batch) * p_.n_queries + token) * p_.heads + work.head) * p_.value_dim;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
-        if (8 * n >= p_.head_dim) break;
+        if (8 * n >= p_.value_dim) break;
         store_pair<P>(out + first + 8 * n + thread_ % 4 * 2, r_out[4 * n + 2 * row], r_out[4 * n + 2 * row + 1]);
       }
     }

@@ -138,14 +138,14 @@ class KeyWalk {
 
 // Starts copying a tile of one head; its bytes complete the phase of `barrier`. One lane executes it.
 template <int kHeadDim>
-__device__ inline void load_tile(const TensorMap& map, const AxisSteps& steps, const cuda::WorkItem& work,
+__device__ inline void load_tile(const TensorMap& map, const AxisSteps& steps, int32_t batch, int32_t head,
                                  int32_t token, uint32_t buffer, uint32_t barrier) {
   using Layout = ForwardLayout<kHeadDim>;
   ptx::mbarrier_arrive_expect(barrier, Layout::kTileBytes);
 #pragma unroll
   for (int slab = 0; slab < Layout::kSlabs; ++slab) {
     ptx::tma_load(buffer + slab * (Layout::kTileBytes / Layout::kSlabs), map,
-                  {slab * Layout::kSlabChannels, token, work.head * steps.head, work.batch * steps.batch}, barrier);
+                  {slab * Layout::kSlabChannels, token, head * steps.head, batch * steps.batch}, barrier);
   }
 }
 
@@ -158,6 +158,7 @@ __device__ inline void load_keys(const ForwardKernelParams& p, const ForwardShar
   const bool leader = threadIdx.x % 32 == 0;
   for (uint32_t index = blockIdx.x; index < p.n_work; index += gridDim.x) {
     const cuda::WorkItem work = find_work_item(p.schedule, index, p.heads, Layout::kQueries);
+    const int32_t kv_head = work.head / p.heads_per_kv_head;
     KeyWalk<Layout::kKeys> walk(p, work);
     KeyTile<Layout::kKeys> tile{};
     const bool exists = walk.next(tile);
@@ -179,7 +180,7 @@ __device__ inline void load_keys(const ForwardKernelParams& p, const ForwardShar
         note.flags = (partial ? kPartial : 0) | (exists ? 0 : kNoKeys) | (more ? 0 : kLastOfItem);
         const uint32_t full = ptx::shared_address(&control.k_full[ring.stage]);
         if (exists) {
-          load_tile<kHeadDim>(p.k, p.k_steps, work, current.begin, shared.k_tile(ring.stage), full);
+          load_tile<kHeadDim>(p.k, p.k_steps, work.batch, kv_head, current.begin, shared.k_tile(ring.stage), full);
         } else {
           ptx::mbarrier_arrive(full);
         }
@@ -199,6 +200,7 @@ __device__ inline void load_values(const ForwardKernelParams& p, const ForwardSh
   const bool leader = threadIdx.x % 32 == 0;
   for (uint32_t index = blockIdx.x; index < p.n_work; index += gridDim.x) {
     const cuda::WorkItem work = find_work_item(p.schedule, index, p.heads, Layout::kQueries);
+    const int32_t kv_head = work.head / p.heads_per_kv_head;
     KeyWalk<Layout::kKeys> walk(p, work);
     KeyTile<Layout::kKeys> tile{};
     bool exists = walk.next(tile);
@@ -208,7 +210,8 @@ __device__ inline void load_values(const ForwardKernelParams& p, const ForwardSh
       const bool partial = tile.partial();
       if (leader && exists) {
         const uint32_t landed = ptx::shared_address(&control.v_landed[ring.stage]);
-        load_tile<kHeadDim>(p.v, p.v_steps, work, tile.begin, shared.v_tile(ring.stage), partial ? landed : full);
+        load_tile<kHeadDim>(p.v, p.v_steps, work.batch, kv_head, tile.begin, shared.v_tile(ring.stage),
+                            partial ? landed : full);
       } else if (leader) {
         ptx::mbarrier_arrive(full);
       }

@@ -21,7 +21,7 @@ struct ForwardKernelParams {
   cuda::TensorView q;
   const float* q_freqs;     // interleaved real and imaginary parts, may be null
   const uint8_t* key_mask;  // may be null
-  void* out_data;           // [batch, n_queries, heads, head_dim]
+  void* out_data;           // [batch, n_queries, heads, value_dim]
   float* lse;               // [batch, heads, n_queries]
   FreqsStrides q_freqs_strides;
   int64_t key_mask_batch_stride;
@@ -30,7 +30,9 @@ struct ForwardKernelParams {
   uint32_t n_work;  // items of all heads and batch elements
   int32_t n_queries;
   int32_t heads;
+  int32_t heads_per_kv_head;  // that share keys and values
   int32_t head_dim;
+  int32_t value_dim;
   float scale_log2;  // |scale| · log2(e)
   float q_sign;      // the sign of scale, applied to q so that the running maximum may use unscaled scores
   cuda::ScheduleView schedule;

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstddef>
 #include <stdexcept>
 #include <utility>
@@ -19,8 +20,22 @@ TokenTensor query_tensor(const AttentionParams& forward, const void* data, const
   return {data, strides, forward.batch, forward.n_queries, forward.heads, forward.head_dim};
 }
 
-TokenTensor key_tensor(const AttentionParams& forward, const void* data, const Strides& strides) {
-  return {data, strides, forward.batch, forward.n_keys, forward.heads, forward.head_dim};
+TokenTensor grad_out_tensor(const AttentionBackwardParams& p) {
+  const AttentionParams& forward = p.forward;
+  return {p.grad_out, p.grad_out_strides, forward.batch, forward.n_queries, forward.heads, forward.value_dim};
+}
+
+TokenTensor keys(const AttentionParams& forward) {
+  return {forward.k, forward.k_strides, forward.batch, forward.n_keys, forward.kv_heads, forward.head_dim};
+}
+
+TokenTensor values(const AttentionParams& forward) {
+  return {forward.v, forward.v_strides, forward.batch, forward.n_keys, forward.kv_heads, forward.value_dim};
+}
+
+// Holds the channels of queries and of values.
+int native_head_dim(const AttentionParams& forward) {
+  return backward_native_head_dim(std::max(forward.head_dim, forward.value_dim));
 }
 
 AxisSteps axis_steps(const TokenTensor& tensor) {
@@ -44,14 +59,15 @@ class BackwardPlanner {
         options_(options),
         workspace_(workspace),
         precision_(precision_of(forward_.dtype, false)),
-        head_dim_(backward_native_head_dim(forward_.head_dim)),
+        head_dim_(native_head_dim(forward_)),
         batch_heads_(forward_.batch * forward_.heads),
+        batch_kv_heads_(forward_.batch * forward_.kv_heads),
         n_rows_(batch_heads_ * forward_.n_queries),
         contiguous_(contiguous_strides(forward_.n_queries, forward_.heads, forward_.head_dim)),
         wants_queries_(params.grad_q != nullptr || params.grad_q_freqs != nullptr),
-        schedule_(make_backward_schedule(forward_.table, forward_.n_queries, forward_.n_keys,
-                                         backward_tile(head_dim_).queries,
-                                         kItemsPerMultiprocessor * options.multiprocessors / batch_heads_)) {}
+        schedule_(make_backward_schedule(
+            forward_.table, forward_.n_queries, forward_.n_keys, backward_tile(head_dim_).queries,
+            kItemsPerMultiprocessor * options.multiprocessors / batch_kv_heads_, forward_.heads_per_kv_head())) {}
 
   Plan plan() {
     // As in the plan for sm_80, the gradient of q lies where the rotated queries lay: they are overwritten after the
@@ -90,7 +106,7 @@ class BackwardPlanner {
 
   void add_pass_over_keys(Plan& passes) {
     const BackwardTile tile = backward_tile(head_dim_);
-    const int64_t n_accumulators = batch_heads_ * schedule_.keys.n_accumulators;
+    const int64_t n_accumulators = batch_kv_heads_ * schedule_.keys.n_accumulators;
     const int64_t n_query_tiles = wants_queries_ ? batch_heads_ * schedule_.n_query_tiles : 0;
     BackwardKernelParams p{};
     p.row_statistics = row_statistics_;
@@ -107,9 +123,11 @@ class BackwardPlanner {
     p.key_mask_batch_stride = forward_.key_mask_batch_stride;
     p.n_queries = static_cast<int32_t>(forward_.n_queries);
     p.n_keys = static_cast<int32_t>(forward_.n_keys);
-    p.batch_heads = static_cast<int32_t>(batch_heads_);
-    p.heads = static_cast<int32_t>(forward_.heads);
+    p.batch_kv_heads = static_cast<int32_t>(batch_kv_heads_);
+    p.kv_heads = static_cast<int32_t>(forward_.kv_heads);
+    p.heads_per_kv_head = heads_per_kv_head(forward_);
     p.head_dim = static_cast<int32_t>(forward_.head_dim);
+    p.value_dim = static_cast<int32_t>(forward_.value_dim);
     p.n_query_tiles = schedule_.n_query_tiles;
     p.n_ranges = schedule_.n_ranges;
     p.scale = static_cast<float>(forward_.scale);
@@ -117,15 +135,15 @@ class BackwardPlanner {
     place_schedule(p.schedule, schedule_.keys, plan_, workspace_);
     const TokenTensor q = is_rotated() ? query_tensor(forward_, rotated_q_, contiguous_)
                                        : query_tensor(forward_, forward_.q, forward_.q_strides);
-    const TokenTensor k = key_tensor(forward_, forward_.k, forward_.k_strides);
-    const TokenTensor v = key_tensor(forward_, forward_.v, forward_.v_strides);
-    const TokenTensor grad_out = query_tensor(forward_, params_.grad_out, params_.grad_out_strides);
+    const TokenTensor k = keys(forward_);
+    const TokenTensor v = values(forward_);
+    const TokenTensor grad_out = grad_out_tensor(params_);
     p.q_steps = axis_steps(q);
     p.k_steps = axis_steps(k);
     p.v_steps = axis_steps(v);
     p.grad_out_steps = axis_steps(grad_out);
     const KernelKind kind = wants_queries_ ? KernelKind::backward : KernelKind::backward_key;
-    add_launch(passes, {kind, precision_, head_dim_, {}, Generation::sm90}, batch_heads_ * schedule_.keys.n_items,
+    add_launch(passes, {kind, precision_, head_dim_, {}, Generation::sm90}, batch_kv_heads_ * schedule_.keys.n_items,
                kBackwardThreads, backward_shared_bytes(head_dim_), p);
     const auto map = [&](const TokenTensor& tensor, int tokens, size_t offset) {
       return tensor_map(tensor, forward_.dtype, tile.channels, tokens, static_cast<uint32_t>(offset));
@@ -164,7 +182,8 @@ class BackwardPlanner {
 
   void add_row_statistics() {
     StatisticsKernelParams p{};
-    p.out = tensor_view(forward_.out, contiguous_, forward_.dtype);
+    p.out = tensor_view(forward_.out, contiguous_strides(forward_.n_queries, forward_.heads, forward_.value_dim),
+                        forward_.dtype);
     p.grad_out = tensor_view(params_.grad_out, params_.grad_out_strides, forward_.dtype);
     p.lse = static_cast<const float*>(forward_.lse);
     p.grad_lse = static_cast<const float*>(params_.grad_lse);
@@ -174,7 +193,7 @@ class BackwardPlanner {
     p.n_rows = n_rows_;
     p.n_queries = static_cast<int32_t>(forward_.n_queries);
     p.heads = static_cast<int32_t>(forward_.heads);
-    p.head_dim = static_cast<int32_t>(forward_.head_dim);
+    p.value_dim = static_cast<int32_t>(forward_.value_dim);
     add_launch(plan_, {KernelKind::row_statistics, precision_, 0, {}}, elementwise_blocks(n_rows_ * kThreadsPerRow),
                kElementwiseThreads, 0, p);
   }
@@ -187,6 +206,7 @@ class BackwardPlanner {
   Precision precision_;
   int head_dim_;
   int64_t batch_heads_;
+  int64_t batch_kv_heads_;
   int64_t n_rows_;
   Strides contiguous_;
   bool wants_queries_;
@@ -203,16 +223,14 @@ class BackwardPlanner {
 // Without gradients of keys and values, the query pass of sm_80 has three products to do instead of five.
 bool takes_backward(const AttentionBackwardParams& params) {
   const AttentionParams& forward = params.forward;
-  const int head_dim = backward_native_head_dim(forward.head_dim);
+  const int head_dim = native_head_dim(forward);
   if (forward.dtype != ScalarType::bfloat16 && forward.dtype != ScalarType::float16) return false;
-  if (head_dim == 0 || forward.head_dim % 8 != 0) return false;
+  if (head_dim == 0 || forward.head_dim % 8 != 0 || forward.value_dim % 8 != 0) return false;
   if (params.grad_k == nullptr && params.grad_v == nullptr) return false;
   const bool rotated = forward.q_freqs != nullptr;
   return (rotated || fits_tensor_map(query_tensor(forward, forward.q, forward.q_strides))) &&
-         fits_tensor_map(key_tensor(forward, forward.k, forward.k_strides)) &&
-         fits_tensor_map(key_tensor(forward, forward.v, forward.v_strides)) &&
-         fits_tensor_map(query_tensor(forward, params.grad_out, params.grad_out_strides)) &&
-         groups_fill_tiles(forward.table, backward_tile(head_dim).queries);
+         fits_tensor_map(keys(forward)) && fits_tensor_map(values(forward)) &&
+         fits_tensor_map(grad_out_tensor(params)) && groups_fill_tiles(forward.table, backward_tile(head_dim).queries);
 }
 
 Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOptions& options, void* workspace) {

@@ -11,26 +11,31 @@
 namespace anchor_attention::sm90 {
 namespace {
 
-TokenTensor keys(const AttentionParams& p) { return {p.k, p.k_strides, p.batch, p.n_keys, p.heads, p.head_dim}; }
+TokenTensor keys(const AttentionParams& p) { return {p.k, p.k_strides, p.batch, p.n_keys, p.kv_heads, p.head_dim}; }
 
-TokenTensor values(const AttentionParams& p) { return {p.v, p.v_strides, p.batch, p.n_keys, p.heads, p.head_dim}; }
+TokenTensor values(const AttentionParams& p) { return {p.v, p.v_strides, p.batch, p.n_keys, p.kv_heads, p.value_dim}; }
+
+// Holds the channels of queries and of values.
+ForwardTile tile_of(const AttentionParams& p) {
+  return forward_tile(native_head_dim(std::max(p.head_dim, p.value_dim)));
+}
 
 TokenTensor output(const AttentionParams& p) {
-  return {p.out, contiguous_strides(p.n_queries, p.heads, p.head_dim), p.batch, p.n_queries, p.heads, p.head_dim};
+  return {p.out, contiguous_strides(p.n_queries, p.heads, p.value_dim), p.batch, p.n_queries, p.heads, p.value_dim};
 }
 
 }  // namespace
 
 bool takes_forward(const AttentionParams& params) {
   const bool narrow = params.dtype == ScalarType::bfloat16 || params.dtype == ScalarType::float16;
-  return narrow && params.head_dim % 8 == 0 && forward_tile(native_head_dim(params.head_dim)).head_dim != 0 &&
+  return narrow && params.head_dim % 8 == 0 && params.value_dim % 8 == 0 && tile_of(params).head_dim != 0 &&
          fits_tensor_map(keys(params)) && fits_tensor_map(values(params)) && fits_tensor_map(output(params));
 }
 
 Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& options, void* workspace_base) {
   check_sizes(params);
   check_output(params.out, "out");
-  const ForwardTile tile = forward_tile(native_head_dim(params.head_dim));
+  const ForwardTile tile = tile_of(params);
   Plan plan;
   Workspace workspace(workspace_base);
   ForwardKernelParams kernel_params{};
@@ -45,7 +50,9 @@ Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& op
   kernel_params.v_steps = {axis_step(params.v_strides.head), axis_step(params.v_strides.batch)};
   kernel_params.n_queries = static_cast<int32_t>(params.n_queries);
   kernel_params.heads = static_cast<int32_t>(params.heads);
+  kernel_params.heads_per_kv_head = heads_per_kv_head(params);
   kernel_params.head_dim = static_cast<int32_t>(params.head_dim);
+  kernel_params.value_dim = static_cast<int32_t>(params.value_dim);
   kernel_params.scale_log2 = scale_log2(params.scale);
   kernel_params.q_sign = params.scale < 0 ? -1.0f : 1.0f;
   const Schedule schedule = make_schedule(view_of(params.table), params.n_queries, tile.queries(), tile.keys,
