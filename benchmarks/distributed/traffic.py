@@ -112,13 +112,13 @@ def table(
     lines += [
         "",
         f"Gathered keys and values take {gathered:,.0f} MB on each GPU, and their gradients twice that. The ring takes",
-        f"over by itself above {GATHER_LIMIT / 2**30:.0f} GiB: {rows:,} anchors of all domains.",
+        f"over automatically above {GATHER_LIMIT / 2**30:.0f} GiB: {rows:,} anchors in all domains together.",
     ]
     for rate in rates:
         # A step of the ring hides what travels where the queries of a process compute longer with a block.
         hidden = flops / rate * 2 * 2 / FORWARD_FLOPS
         lines.append(
-            f"At {rate / 1e9:.0f} GB/s a block of it travels unseen from {hidden:,.0f} queries on each GPU on."
+            f"At {rate / 1e9:.0f} GB/s computation hides the transfer of a block from {hidden:,.0f} queries per GPU on."
         )
     return "\n".join(lines) + "\n"
 
