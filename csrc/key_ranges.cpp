@@ -48,8 +48,8 @@ void check_offsets(std::span<const int64_t> k_offsets, size_t n_groups, size_t n
   }
 }
 
-// Rewrites ranges, as a multiset of numbers, in the one way that depends on the multiset alone: the maximal ranges of
-// the numbers that occur at least once, at least twice, and so on, by their begin. Empty ranges vanish.
+// Rewrites ranges, as a multiset of numbers, in a form that depends only on the multiset: the maximal ranges of the
+// numbers that occur at least once, at least twice, and so on, sorted by their begin. Empty ranges vanish.
 void normalise(std::vector<Range>& ranges) {
   std::erase_if(ranges, [](const Range& range) { return range.first == range.second; });
   const auto meet = [](const Range& range, const Range& next) { return next.first <= range.second; };
@@ -171,7 +171,8 @@ TransposedKeyRangeTable transpose(const KeyRangeTableView& table) {
   bounds.erase(std::unique(bounds.begin(), bounds.end()), bounds.end());
   const size_t n_segments = bounds.empty() ? 0 : bounds.size() - 1;
 
-  // Groups are visited in ascending order, so every segment's query ranges come out ascending and join in passing.
+  // Groups are visited in ascending order, so every segment's query ranges come out ascending and are joined on the
+  // way.
   std::vector<std::vector<Range>> readers(n_segments);
   for (int32_t g = 0; g < table.n_groups; ++g) {
     const Range queries{table.q_ranges[2 * g], table.q_ranges[2 * g + 1]};
@@ -257,8 +258,9 @@ class Compaction {
   void fill_up() { source.resize((source.size() + alignment_ - 1) / alignment_ * alignment_, -1); }
 
   void lay_out(const std::vector<int32_t>& begins, const std::vector<int32_t>& ends, const bool* key_mask) {
-    // A gap cuts the ranges that span it. Where it would cut more, their number is what would grow with the square of
-    // the table: there the ranges that begin or end take copies of some keys instead.
+    // A gap cuts the ranges that span it. Where it would cut many, their number would grow with the square of the
+    // table:
+    // there the ranges that begin or end use copies of some keys instead.
     constexpr int64_t kMaxCuts = 2;
     int64_t depth = 0;  // ranges around the keys before the bound
     for (size_t i = 0; i < keys_.size(); ++i) {
@@ -292,7 +294,7 @@ class Compaction {
     if (begin < end) pieces.push_back(copy(begin, end));
   }
 
-  // Rows of one aligned block, alone in a block of their own behind all others.
+  // Rows of one aligned block, copied into a separate block after all others.
   Range copy(int32_t begin, int32_t end) {
     const auto [place, is_new] = copies_.try_emplace({begin, end}, static_cast<int32_t>(source.size()));
     if (is_new) {
@@ -304,7 +306,7 @@ class Compaction {
 
   int32_t alignment_;
   std::vector<int32_t> keys_;  // bounds of the ranges, ascending
-  // Of each bound: where the keys before it end and where those behind it begin.
+  // For each bound: where the keys before it end and where those after it begin.
   std::vector<int32_t> rows_end_;
   std::vector<int32_t> rows_begin_;
   std::vector<size_t> gaps_;  // bounds at which the two differ

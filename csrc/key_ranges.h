@@ -23,8 +23,8 @@ struct KeyRangeTable {
 
 // Checks a table given in CSR form and brings it into canonical form: empty ranges and groups without keys are dropped
 // (their rows behave like rows in no range), groups are sorted by their queries, a group's key ranges are rewritten in
-// the one way that depends on the multiset of its keys alone, and touching groups with equal key ranges are joined.
-// Throws std::invalid_argument that names the argument, the position and the value.
+// a form that depends only on the multiset of its keys, and touching groups with equal key ranges are joined. Throws
+// std::invalid_argument that names the argument, the position and the value.
 KeyRangeTable make_key_range_table(std::span<const int64_t> q_ranges, std::span<const int64_t> k_offsets,
                                    std::span<const int64_t> k_ranges, int64_t n_queries, int64_t n_keys);
 
@@ -53,11 +53,11 @@ std::vector<KeyReaders> count_readers(const KeyRangeTableView& table);
 // Renumbers the keys so that only those that are read and kept remain, in their order. With an alignment above 1 every
 // range of the new table begins at a multiple of it, and between its end and the next multiple there is no key. For
 // this, gaps are left where ranges begin or end; a range that spans a gap is cut in two. Where many ranges span the
-// place, as with nested ones, no gap is left: then what lies in the blocks at the ends of a range is a copy, in a block
-// of its own behind all keys. So the new table has at most a few ranges for each of the old one.
+// place, as with nested ones, no gap is left: then the keys in the blocks at the ends of a range are copied into
+// separate blocks after all other keys. So the new table has at most a few ranges for each of the old one.
 struct CompactedKeys {
   std::vector<int32_t> source;  // the original index of compacted key j, −1 in gaps; a multiple of the alignment long
-  int32_t first_copy;           // below it every key stands once, from it on are copies
+  int32_t first_copy;           // below it every key occurs once, from it on are copies
   KeyRangeTable table;          // the table over compacted keys; groups that lost every key are gone
 };
 

@@ -73,14 +73,14 @@ struct AttentionBackwardParams {
   void* grad_q_freqs;    // [batch or 1, n_queries, head_dim / 2] complex, contiguous, null when not wanted
 };
 
-// Tangents of a tensor, one behind the other; null when they are zero.
+// Tangents of a tensor, one after the other; null when they are zero.
 struct Tangents {
   const void* data;  // [n_tangents, batch, tokens, heads, head_dim]
   int64_t stride;    // elements between tangents
   Strides strides;
 };
 
-// Directions along which q, k and v move, and how out and lse move with them. q is rotated already.
+// Directions along which q, k and v change, and how out and lse change with them. q is rotated already.
 struct AttentionJvpParams {
   AttentionParams forward;  // out and lse are inputs where `knows_value`
   bool knows_value;
@@ -92,7 +92,7 @@ struct AttentionJvpParams {
   void* lse_tangents;  // [n_tangents, batch, heads, n_queries], contiguous, type of lse
 };
 
-// Gradients of <grad_out, tangent of out> + <grad_lse, tangent of lse> by q, k and v, along one direction.
+// Gradients of <grad_out, tangent of out> + <grad_lse, tangent of lse> with respect to q, k and v, along one direction.
 struct AttentionDoubleBackwardParams {
   AttentionBackwardParams backward;  // without q_freqs; its gradients are the outputs
   Tangents q_tangent;

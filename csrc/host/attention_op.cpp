@@ -52,7 +52,7 @@ CheckedAttention check_attention(const Tensor& q, const Tensor& k, const Tensor&
   const int64_t head_dim = q.size(3);
   const int64_t n_keys = k.size(1);
   check(head_dim >= 1, "q must have a head_dim of at least 1, got shape ", shape_text(q));
-  // Keys and values may have fewer heads than queries: as many as divide theirs.
+  // Keys and values may have fewer heads than queries, if their number divides that of the queries.
   const int64_t kv_heads = k.size(2) > 0 && heads % k.size(2) == 0 ? k.size(2) : heads;
   const int64_t value_dim = v.size(3);
   const bool heads_first = k.size(0) == batch && k.size(1) == n_queries && k.size(3) == head_dim;

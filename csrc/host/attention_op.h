@@ -26,7 +26,7 @@ CheckedAttention check_attention(const Tensor& q, const Tensor& k, const Tensor&
                                  const std::vector<int64_t>& k_ranges, const std::optional<Tensor>& q_freqs,
                                  const std::optional<Tensor>& key_mask, std::optional<double> scale);
 
-// Checks what the backward takes besides. grad_out and grad_lse are readable()s; the gradients are not set.
+// Checks what the backward takes in addition. grad_out and grad_lse are readable()s; the gradients are not set.
 AttentionBackwardParams check_attention_backward(const AttentionParams& forward, const Tensor& grad_out,
                                                  const std::optional<Tensor>& grad_lse, const Tensor& q,
                                                  const Tensor& out, const Tensor& lse);

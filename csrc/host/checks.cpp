@@ -130,7 +130,7 @@ Tensor new_empty(const char* name, const Tensor& like, const std::vector<int64_t
   try {
     return torch::stable::new_empty(like, shape, dtype);
   } catch (const std::exception&) {
-    // A double, because what can't be had can overflow every integer.
+    // A double, because a size that can't be allocated may overflow every integer.
     double bytes = element_bytes(dtype);
     for (int64_t size : shape) bytes *= static_cast<double>(size);
     check(false, like.is_cuda() ? "CUDA out of memory. Tried" : "out of memory: can't allocate memory: you tried",

@@ -58,8 +58,8 @@ Tensor readable(const Tensor& tensor);
 // batch stride of 0 means one gradient, of factors that are shared.
 Tensor differentiable_freqs(const Tensor& freqs, bool needed);
 
-// torch's empty tensor beside `like`. Where memory is short, the message says how much of it was asked for, and for
-// what.
+// torch's empty tensor on the device of `like`. Where memory is short, the message says how much of it was asked for,
+// and for what.
 Tensor new_empty(const char* name, const Tensor& like, const std::vector<int64_t>& shape,
                  torch::headeronly::ScalarType dtype);
 

@@ -42,7 +42,7 @@ std::tuple<std::string, std::string, std::string> cpu_instruction_sets() {
           join(cpu::compiled_instruction_sets())};
 }
 
-// What allows TF32 on a GPU allows products of bfloat16 parts here: they are more exact.
+// The setting that allows TF32 on a GPU allows products of bfloat16 parts here, which are more exact.
 void Cpu::attention(const AttentionParams& params, const Tensor&, bool allow_tf32) {
   run([&](const cpu::Executor& executor) { cpu::attention(params, executor, allow_tf32); });
 }

@@ -9,8 +9,8 @@
 #include "host/checks.h"
 #include "kernels/cuda/launch_attention.h"
 
-// A CPU build of torch does not have it: weak, the one library loads there, too. Bound in a program that links torch's
-// libraries; Python loads them for themselves alone, so that it stays null there.
+// A CPU build of torch does not have this function: declared weak, so that the same library loads there, too. It is
+// bound in a program that links torch's libraries; Python loads these locally, so that it stays null there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace anchor_attention {

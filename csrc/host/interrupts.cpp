@@ -11,7 +11,7 @@ namespace {
 
 constexpr std::chrono::milliseconds kBetweenQuestions{100};
 
-// What is needed of Python, found when the process has it: the library is not linked to any.
+// The functions of Python that are needed, found if the process has them: the library does not link Python.
 struct Python {
   int (*is_initialized)() = find<int()>("Py_IsInitialized");
   int (*gil_ensure)() = find<int()>("PyGILState_Ensure");
@@ -66,7 +66,7 @@ bool handler_raised() {
   if (raised) {
     auto* exception = new Raised;
     py.fetch(&exception->type, &exception->value, &exception->traceback);
-    // The queue has room for some tens of calls; if it is full, the exception of the operation is all that is seen.
+    // The queue has room for a few dozen calls; if it is full, only the exception of the operation is seen.
     if (py.add_pending_call(raise, exception) != 0) delete exception;
   }
   py.gil_release(gil);

@@ -12,7 +12,7 @@ namespace anchor_attention {
 class Interrupts {
  public:
   // Whether to stop, asked from every thread that works for the call. The main thread, if it made the call, asks Python
-  // some times a second: it runs the handlers of the signals that came in the meantime.
+  // several times a second: it runs the handlers of the signals that have arrived in the meantime.
   bool stops();
 
   // Throws if the call was stopped. The handler's exception is raised by the interpreter as soon as it runs again.

@@ -86,8 +86,8 @@ class Forward {
   }
 
  private:
-  // With fewer tiles than it takes to keep the threads busy, the keys of each are split, in a way that depends on the
-  // shapes and on the number of threads alone.
+  // With fewer tiles than it takes to keep the threads busy, the keys of each are split, in a way that depends only on
+  // the shapes and on the number of threads.
   std::vector<Item> make_items() {
     constexpr int64_t kItemsPerThread = 4, kMinKeys = 512;
     const auto wanted = threads_ > 1 ? kItemsPerThread * threads_ : 1;
@@ -103,7 +103,7 @@ class Forward {
     return items;
   }
 
-  // The key ranges of a part: those of its tile, one behind the other, cut into equally long pieces.
+  // The key ranges of a part: those of its tile, one after the other, cut into equally long pieces.
   std::vector<int32_t> ranges_of(const Item& item) const {
     const Tile& tile = tiles_[item.tile];
     const KeyRangeTableView table = plan_.keys(tile.batch).table.view();
@@ -161,7 +161,7 @@ class Forward {
     packs_per_tile_ ? run_in_pieces(task, ranges, scratch + scratch_bytes_) : kernels_.forward_tile(task);
   }
 
-  // Packs as many keys as the cache holds besides the tile, lets the tile go over them, and so on.
+  // Packs as many keys as fit into the cache together with the tile, runs the tile over them, and so on.
   void run_in_pieces(ForwardTile task, const std::vector<int32_t>& ranges, char* packed) const {
     const int64_t alignment = kernels_.packing.key_alignment(p_.dtype);
     const int64_t kv_head = task.head / p_.heads_per_kv_head();
@@ -209,7 +209,7 @@ class Forward {
     for (int64_t i = 0; i < tile.n_queries; ++i) {
       T max = -std::numeric_limits<T>::infinity();
       for (int32_t part = 0; part < first.n_parts; ++part) max = std::max(max, partial_lse<T>(first.part + part)[i]);
-      // A finite reference where no score is: weights of 0 then, and outputs of 0, as without keys.
+      // A finite reference where there is no score: then weights and outputs are 0, as without keys.
       const T reference = max == -std::numeric_limits<T>::infinity() ? T(0) : max;
       T sum = 0;
       T* out = partial_out<T>(first.part) + i * p_.value_dim;

@@ -66,7 +66,7 @@ struct Steps {
   const AttentionDoubleBackwardParams* second;  // null: the first derivative
 };
 
-// The heads are worked on one after the other, so that packed keys and sums exist for one of them at a time; or in
+// The heads are processed one after the other, so that packed keys and sums exist for one of them at a time; or in
 // groups of as many as it takes to keep the threads busy between two barriers, of which there are as many as threads.
 // The last group's end is the last bound.
 std::vector<int64_t> group_planes(const AttentionParams& p, const WorkPlan& plan, const Steps& steps, int64_t threads) {
@@ -191,7 +191,7 @@ class Backward {
   }
 
   // Every thread owns a run of query tiles. The keys are cut into as many slices as there are threads, and in phase s
-  // thread t meets slice t + s: no two threads ever add to the same row, and every row's sums are formed in one order.
+  // thread t works on slice t + s: no two threads ever add to the same row, and every row is summed in a fixed order.
   void run_phase(int64_t phase) {
     executor_.run(threads_, [&](int64_t thread) {
       const int64_t slice = (thread + phase) % threads_;
@@ -206,8 +206,8 @@ class Backward {
   // Too few tiles to give each thread about as many.
   bool has_few_tiles() const { return threads_ > 1 && static_cast<int64_t>(tiles_.size()) < 4 * threads_; }
 
-  // Every thread owns a slice of the keys, which all tiles meet. Each has sums of grad_q of its own, which are added in
-  // the order of the slices.
+  // Every thread owns a slice of the keys, which it processes with all tiles. Each has its own sums of grad_q, which
+  // are added in the order of the slices.
   void run_slices() {
     const int64_t tile_rows = steps_.tile_queries;
     const int64_t tile_bytes = tile_rows * p_.head_dim * working_size(p_.dtype);

@@ -11,7 +11,7 @@
 namespace anchor_attention::cpu {
 namespace {
 
-// More tangents than these go over the keys again: what a tile keeps of each would no longer fit into the cache.
+// Further tangents take another pass over the keys: what a tile keeps of each would no longer fit into the cache.
 constexpr int64_t kMaxTangents = 8;
 
 // One call.
@@ -72,7 +72,7 @@ class Jvp {
     pack(p_, plan_, planes_, kernels_.packing, executor_, threads_, tensors);
   }
 
-  // Rows that read no key: they don't move.
+  // Rows that read no key: their tangents are zero.
   template <typename T>
   void fill_rows(const Tile& tile, int64_t first, int64_t n) const {
     const int64_t size = p_.value_dim * storage_size(p_.dtype);

@@ -90,7 +90,7 @@ bool bfloat16_dot_is_slow() {
 #endif
 }
 
-// Best first. A set with a matrix unit takes the best set of vectors that runs here.
+// Best first. A set with a matrix unit uses the best set of vectors that runs here.
 std::vector<InstructionSet> compiled() {
   std::vector<InstructionSet> sets;
 #define ANCHOR_ATTENTION_APPEND(isa) sets.push_back({isa::kKernels.name, &isa::kKernels, nullptr});

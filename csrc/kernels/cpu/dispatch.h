@@ -1,4 +1,4 @@
-// Which instruction sets are compiled in, which this processor runs, and which one is used.
+// Which instruction sets are compiled in, which of them this processor can run, and which one is used.
 #pragma once
 
 #include <string>
@@ -8,8 +8,8 @@
 
 namespace anchor_attention::cpu {
 
-// The steps of the best set that this processor runs, or of the one that `ANCHOR_ATTENTION_CPU_ISA` names: those that
-// the set's vectors do, and those that its matrix unit may do instead.
+// The steps of the best set that this processor can run, or of the one that `ANCHOR_ATTENTION_CPU_ISA` names: those on
+// the set's vectors, and those that its matrix unit may do instead.
 // Throw std::invalid_argument if the variable names no set that runs here.
 const Kernels& selected_kernels();
 const ProductKernels& selected_products(ScalarType dtype, bool allow_split_float32);

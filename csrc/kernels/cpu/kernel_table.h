@@ -113,8 +113,8 @@ struct DoubleBackwardTile {
 };
 
 // Turns the sums of grad_q in the working type into gradients of the unrotated q, and of its rotary factors.
-// A factor that several heads share, or several batch elements, takes its gradient from all of them: its first call
-// must be that of head 0, and of batch element 0.
+// A factor that several heads or several batch elements share gets its gradient from all of them: its first call must
+// be that of head 0, and of batch element 0.
 struct FinishGradQ {
   const AttentionBackwardParams* params;
   int64_t batch;
@@ -178,7 +178,7 @@ struct Kernels {
   void (*rope_backward)(const RopeBackwardTokens&);
 };
 
-// The products of a set with a matrix unit, which stands beside a set of vectors.
+// The products of a set with a matrix unit, which is used together with a set of vectors.
 struct TileKernels {
   const char* name;
   bool needs_amx;  // false for a model in software, which runs everywhere

@@ -12,7 +12,7 @@
 namespace anchor_attention::cpu {
 namespace {
 
-// A thread more costs some microseconds to wake: it must have about as many operations to do.
+// Waking another thread takes a few microseconds: it must have enough operations to make up for that.
 constexpr double kMinOperationsPerThread = 1e6;
 constexpr int64_t kRowsPerFillTask = 4096;
 

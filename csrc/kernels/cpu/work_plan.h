@@ -47,10 +47,10 @@ struct RowBytes {
 };
 
 // The steps for a call: the matrix unit's, unless the ranges are so short and so many that padding each of them to its
-// alignment would take a multiple of the memory of the keys. Then the vectors', which need next to no padding.
+// alignment would take a multiple of the memory of the keys. Then the vectors', which need almost no padding.
 const ProductKernels& suitable_products(const AttentionParams& params, bool allow_split_float32);
 
-// The layout of one call.
+// How the work of one call is laid out.
 class WorkPlan {
  public:
   WorkPlan(const AttentionParams& params, const Packing& packing);

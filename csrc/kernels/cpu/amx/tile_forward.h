@@ -1,5 +1,6 @@
 // Forward of one tile of queries on tile registers, queries in the columns as everywhere: Sᵀ[key, query], Oᵀ[dim,
-// query]. A chunk of keys meets the tile's queries 32 at a time, so that it is read from the second-level cache once.
+// query]. A chunk of keys is used by the tile's queries 32 at a time, so that it is read from the second-level cache
+// once.
 #pragma once
 
 #include "kernels/cpu/amx/tile_rows.h"

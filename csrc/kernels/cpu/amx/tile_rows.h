@@ -25,7 +25,7 @@ ANCHOR_ATTENTION_INLINE Vector<float> load_widened(const Storage* row, int64_t d
   return load(piece);
 }
 
-// Stores two vectors as pairs, element by element side by side; of two parts, the second one `part` pairs behind.
+// Stores two vectors as pairs, element by element side by side; of two parts, the second one `part` pairs further on.
 template <int kParts>
 ANCHOR_ATTENTION_INLINE void store_pair_parts(BFloat16Pair* target, int64_t part, Vector<float> first,
                                               Vector<float> second) {
@@ -35,7 +35,7 @@ ANCHOR_ATTENTION_INLINE void store_pair_parts(BFloat16Pair* target, int64_t part
   }
 }
 
-// Stores two vectors one behind the other; of two parts, the second one `part` elements behind.
+// Stores two vectors one after the other; of two parts, the second one `part` elements further on.
 template <int kParts>
 ANCHOR_ATTENTION_INLINE void store_row_parts(BFloat16* target, int64_t part, Vector<float> first,
                                              Vector<float> second) {
@@ -129,14 +129,14 @@ TileOperand key_stack(const void* stack, int64_t key, int64_t padded) {
           kTileBlock * row_bytes, padded * kTileRowBytes};
 }
 
-// A matrix in scratch as operand A: [rows, columns] of bfloat16 with its parts one behind the other, summed along its
+// A matrix in scratch as operand A: [rows, columns] of bfloat16 with its parts one after the other, summed along its
 // columns.
 inline TileOperand scratch_rows(const BFloat16* data, int64_t rows, int64_t columns) {
   const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(BFloat16));
   return {data, row_bytes, kTileBlock * row_bytes, kTileRowBytes, rows * row_bytes};
 }
 
-// A matrix in scratch as operand B: [pair_rows, columns] of pairs with its parts one behind the other.
+// A matrix in scratch as operand B: [pair_rows, columns] of pairs with its parts one after the other.
 inline TileOperand scratch_pairs(const BFloat16Pair* data, int64_t pair_rows, int64_t columns) {
   const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(BFloat16Pair));
   return {data, row_bytes, 2 * kTileRowBytes, kTileRows * row_bytes, pair_rows * row_bytes};

@@ -148,7 +148,7 @@ ANCHOR_ATTENTION_INLINE void begin_tile(const DoubleBackwardTile& task, const Do
     s.mean[i] = exists ? dot(s.grad_out_rows + i * padded_values, out_tangent + i * out_stride, f.value_dim) : T(0);
   }
   std::memset(s.grad_q_rows, 0, tile.n_queries * padded * sizeof(T));
-  // Stays so where the scores do not move.
+  // Stays so where the scores do not change.
   std::memset(s.weighted, 0, kChunkKeys * kTileQueries<T> * sizeof(T));
 }
 

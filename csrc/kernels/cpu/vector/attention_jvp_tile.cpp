@@ -1,8 +1,8 @@
 // Values and tangents of one tile of queries, queries in the vectors' lanes as in the forward. Along (a, b, c):
 //   T = scale · (K a + B q)        W = P · (T − reference)        out' = V W + C P − mean(W) · out        lse' =
 //   mean(T)
-// The reference is one number for each row, to which the result is invariant: without it, what T has in common for all
-// keys would be subtracted only after it was summed. It is the mean of T over the row's first chunk.
+// The reference is one number for each row, on which the result does not depend: without it, the part of T that all
+// keys share would be subtracted only after summation. It is the mean of T over the row's first chunk.
 #include "kernels/cpu/kernel_table.h"
 #include "kernels/cpu/vector/outer_product.h"
 #include "kernels/cpu/vector/rows.h"

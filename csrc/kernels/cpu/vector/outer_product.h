@@ -53,8 +53,8 @@ struct Block {
 template <int kRows, int kVectors, typename Operand>
 ANCHOR_ATTENTION_INLINE Block<kRows, kVectors, Sum<Operand>> multiply(Broadcast<Operand> a, Rows<Operand> b,
                                                                       int64_t steps) {
-  // Not in the block itself: where an epilogue loops over its rows it has to lie in memory, and the compiler would
-  // write every sum to it in every step.
+  // Not in the block itself: where an epilogue loops over its rows the block has to be in memory, and the compiler
+  // would write every sum to it in every step.
   Vector<Sum<Operand>> sums[kRows][kVectors] = {};
   const Operand* a_step = a.data;
   const Operand* b_step = b.data;
@@ -86,7 +86,7 @@ ANCHOR_ATTENTION_INLINE void row_block(int64_t rows, Broadcast<Operand> a, Rows<
   }
 }
 
-// A function of its own: inside a larger one the compiler takes registers that the block needs for values of others.
+// A separate function: inside a larger one the compiler gives registers that the block needs to other values.
 template <int kVectors, typename Operand, typename Epilogue>
 static ANCHOR_ATTENTION_NOINLINE void row_blocks(int64_t rows, Broadcast<Operand> a, Rows<Operand> b, int64_t steps,
                                                  int64_t column, Epilogue epilogue) {

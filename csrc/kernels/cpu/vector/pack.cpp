@@ -11,8 +11,8 @@ const Storage* source_row(const PackRows& p, int64_t i) {
   return index < 0 ? nullptr : static_cast<const Storage*>(p.source) + index * p.source_stride;
 }
 
-// Row i beside row i + 1, element by element; a row that does not exist is zero. Loops without a choice in them are
-// what the compiler turns into vectors.
+// Row i next to row i + 1, element by element; a row that does not exist is zero. The compiler vectorises loops only if
+// there is no branch in them.
 ANCHOR_ATTENTION_INLINE void stack_rows(const BFloat16* first, const BFloat16* second, int64_t n, BFloat16* target) {
   if (first != nullptr && second != nullptr) {
     for (int64_t d = 0; d < n; ++d) {

@@ -7,7 +7,8 @@
 
 namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 
-// The lengths of a tile's scratch: keys are taken in chunks that stay in the first-level cache with what meets them.
+// The lengths of a tile's scratch: keys are processed in chunks that fit into the first-level cache with their
+// operands.
 #if defined(ANCHOR_ATTENTION_CHUNK_KEYS)
 constexpr int64_t kChunkKeys = ANCHOR_ATTENTION_CHUNK_KEYS;
 #else
@@ -137,8 +138,8 @@ ANCHOR_ATTENTION_INLINE T dot(const T* a, const Storage* b, int64_t n) {
   return sum;
 }
 
-// What the backward needs of a tile besides its queries: dO as rows, and for each of `columns` queries lse in units of
-// log 2 and delta = Σ_d dO · O − grad_lse. An lse of +inf makes a row's probabilities 0.
+// What the backward needs of a tile in addition to its queries: dO as rows, and for each of `columns` queries lse in
+// units of log 2 and delta = Σ_d dO · O − grad_lse. An lse of +inf makes a row's probabilities 0.
 template <typename Storage, typename T = Working<Storage>>
 ANCHOR_ATTENTION_INLINE void load_statistics(const BackwardTile& tile, int64_t columns, int64_t padded,
                                              T* grad_out_rows, T* tile_lse, T* tile_delta) {

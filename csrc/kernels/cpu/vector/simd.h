@@ -1,5 +1,5 @@
 // Vectors of the instruction set that this file is compiled for, on the compiler's own vector extensions.
-// Everything here lives in a namespace named after the set: no symbol can meet its twin of another set in the linker.
+// Everything here is in a namespace named after the set: no symbol can clash with that of another set in the linker.
 #pragma once
 
 #include <cstddef>
@@ -76,7 +76,7 @@ ANCHOR_ATTENTION_INLINE Vector<T> splat(T value) {
   return value - Vector<T>{};
 }
 
-// Where one of the two is NaN the result is b: put the one that must pass on its NaN second.
+// Where one of the two is NaN the result is b: pass the one whose NaN must propagate second.
 template <typename V>
 ANCHOR_ATTENTION_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
@@ -176,7 +176,7 @@ ANCHOR_ATTENTION_INLINE float widen(float value) { return value; }
 ANCHOR_ATTENTION_INLINE double widen(double value) { return value; }
 ANCHOR_ATTENTION_INLINE float widen(BFloat16 value) { return float_of_bits(static_cast<uint32_t>(value.bits) << 16); }
 
-// No operation takes or makes a denormal float: what the processor does with those is a setting of each thread.
+// No operation takes or produces a denormal float: how the processor treats those is a setting of each thread.
 ANCHOR_ATTENTION_INLINE float widen(Float16 value) {
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
@@ -286,7 +286,7 @@ ANCHOR_ATTENTION_INLINE Vector<float> multiply_add(Vector<BFloat16Pair> a, Vecto
   return (Vector<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 }
 
-// The two vectors rounded to bfloat16, one behind the other.
+// The two vectors rounded to bfloat16, one after the other.
 ANCHOR_ATTENTION_INLINE __m512i round_to_bfloat16(Vector<float> first, Vector<float> second) {
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
@@ -299,7 +299,7 @@ ANCHOR_ATTENTION_INLINE Vector<BFloat16Pair> pair_up(Vector<float> first, Vector
 }
 #endif
 
-// The two vectors rounded to bfloat16, one behind the other, to 2 · kLanes<float> elements.
+// The two vectors rounded to bfloat16, one after the other, to 2 · kLanes<float> elements.
 ANCHOR_ATTENTION_INLINE void store_rounded(BFloat16* target, Vector<float> first, Vector<float> second) {
 #if defined(__AVX512BF16__)
   _mm512_storeu_si512(target, round_to_bfloat16(first, second));
@@ -320,7 +320,7 @@ ANCHOR_ATTENTION_INLINE void store_pairs(BFloat16Pair* target, Vector<float> fir
 #endif
 }
 
-// What rounding to bfloat16 takes away: finite where the value and its rounding are.
+// What rounding to bfloat16 removes: finite where the value and its rounding are.
 ANCHOR_ATTENTION_INLINE Vector<float> rounding_remainder(Vector<float> value) {
   using Bits = VectorTypes<float>::Bits;
   const Bits bits = reinterpret_cast<Bits>(value);
