@@ -48,10 +48,10 @@ class Problem {
         grad_out_(q_.size()),
         grad_q_(q_.size()),
         lse_(n_queries),
-        k_rows_(n_keys * steps_.packed_row_bytes(head_dim, kType)),
-        v_rows_(n_keys * steps_.packed_row_bytes(head_dim, kType)),
-        grad_k_rows_(n_keys * steps_.sum_row_bytes(head_dim, kType)),
-        grad_v_rows_(n_keys * steps_.sum_row_bytes(head_dim, kType)),
+        k_rows_(n_keys * steps_.packing.packed_row_bytes(head_dim, kType)),
+        v_rows_(n_keys * steps_.packing.packed_row_bytes(head_dim, kType)),
+        grad_k_rows_(n_keys * steps_.packing.sum_row_bytes(head_dim, kType)),
+        grad_v_rows_(n_keys * steps_.packing.sum_row_bytes(head_dim, kType)),
         params_{.forward = {.head_dim = head_dim, .value_dim = head_dim, .dtype = kType}},
         scratch_(
             std::max(steps_.forward_scratch_bytes(params_.forward), steps_.backward_scratch_bytes(params_.forward))) {
@@ -60,8 +60,10 @@ class Problem {
     for (auto* tensor : {&q_, &k_, &v_, &grad_out_}) {
       for (float& x : *tensor) x = normal(generator);
     }
-    std::fill_n(static_cast<float*>(grad_k_rows_.get()), n_keys * steps_.sum_row_bytes(head_dim, kType) / 4, 0.0f);
-    std::fill_n(static_cast<float*>(grad_v_rows_.get()), n_keys * steps_.sum_row_bytes(head_dim, kType) / 4, 0.0f);
+    std::fill_n(static_cast<float*>(grad_k_rows_.get()), n_keys * steps_.packing.sum_row_bytes(head_dim, kType) / 4,
+                0.0f);
+    std::fill_n(static_cast<float*>(grad_v_rows_.get()), n_keys * steps_.packing.sum_row_bytes(head_dim, kType) / 4,
+                0.0f);
     AttentionParams& f = params_.forward;
     f.q = q_.data();
     f.k = k_.data();
@@ -77,8 +79,10 @@ class Problem {
     params_.grad_q = grad_q_.data();
     std::vector<int32_t> indices(n_keys);
     for (int64_t i = 0; i < n_keys; ++i) indices[i] = static_cast<int32_t>(i);
-    steps_.pack_rows({k_.data(), head_dim, indices.data(), n_keys, head_dim, kType, PackedLayout::rows, k_rows_.get()});
-    steps_.pack_rows({v_.data(), head_dim, indices.data(), n_keys, head_dim, kType, PackedLayout::rows, v_rows_.get()});
+    steps_.packing.pack_rows(
+        {k_.data(), head_dim, indices.data(), n_keys, head_dim, kType, PackedLayout::rows, k_rows_.get()});
+    steps_.packing.pack_rows(
+        {v_.data(), head_dim, indices.data(), n_keys, head_dim, kType, PackedLayout::rows, v_rows_.get()});
   }
 
   void forward() {
