@@ -1,11 +1,11 @@
-"""What holds inside a ``with`` block, and only for the calls that belong to it.
+"""State that holds inside a ``with`` block, and only for the calls that belong to it.
 
-Blocks are kept in a context variable: another thread or another task of asyncio does not see them, and blocks that
-overlap end in any order. A block that a generator has entered rests while that generator is suspended, since its
-caller shares the context.
+Blocks are kept in a context variable: other threads and other asyncio tasks do not see them, and overlapping blocks may
+end in any order. A block that a generator has entered rests while that generator is suspended, since the caller shares
+the context.
 
-``backend`` and ``intercepted`` are attributes that are computed when they are read. torch.compile reads attributes of
-modules as it traces and guards on their values, in the thread that calls; a context variable it can't read at all.
+``backend`` and ``intercepted`` are attributes that are computed when they are read. torch.compile reads module
+attributes while it traces, in the calling thread, and guards on their values; it can't read a context variable at all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Entered = TypeVar("Entered", bound="Block")
 
 
 class Block:
-    """A ``with`` block. An object is entered once."""
+    """A ``with`` block. Each object is entered only once."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -66,10 +66,10 @@ class BackendBlock(Block):
 
 
 class Interception(Block):
-    """Stands between a module and its ``forward``.
+    """Intercepts the calls of modules.
 
     Attributes:
-        shadows: Whether it acts instead of such blocks around it, not beside them.
+        shadows: Whether it replaces the enclosing blocks of this kind, instead of acting in addition to them.
     """
 
     shadows = False
@@ -79,7 +79,7 @@ class Interception(Block):
         raise NotImplementedError
 
     def call(self, module: torch.nn.Module, forward: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """Calls ``forward`` with the arguments, by name, or with others, and returns what the caller shall get."""
+        """Calls ``forward`` with these arguments, by name, or with others, and returns what the caller gets."""
         raise NotImplementedError
 
 
@@ -91,9 +91,9 @@ def _open_blocks() -> tuple[Block, ...]:
 
 
 def _generator_around(frame: FrameType | None) -> FrameType | None:
-    """The frame of the generator whose ``with`` statement enters a block, if it is one.
+    """The frame of the generator whose ``with`` statement enters a block; ``None`` if it is no generator.
 
-    Context managers that are made of generators stand for the statement that uses them.
+    A context manager that is written as a generator stands for the statement that uses it.
     """
     while frame is not None:
         suspends = frame.f_code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR)
@@ -121,13 +121,13 @@ def __getattr__(name: str) -> Any:
 
 
 def interceptable(forward: Forward) -> Forward:
-    """Lets the blocks that hold stand between a module and its ``forward``, compiled or not."""
+    """Lets the blocks that hold intercept a module's ``forward``, compiled or not."""
     this = sys.modules[__name__]
 
     @functools.wraps(forward)
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if this.intercepted:
-            # What a block does (to collect, to count) is no part of a graph.
+            # What a block does (collecting, counting) is not part of a graph.
             through = this.call_outside_graph if torch.compiler.is_compiling() else call_intercepted
             return through(forward, self, args, kwargs)
         return forward(self, *args, **kwargs)
@@ -160,6 +160,6 @@ _signature = functools.lru_cache(inspect.signature)
 @functools.cache
 def _call_outside_graph() -> Callable[..., Any]:
     # Made when it is first traced: at import it would load the compiler.
-    reason = "record and replay run attention modules outside of the graph: compile without fullgraph=True to use them"
+    reason = "record and replay run attention modules outside the graph: compile without fullgraph=True to use them"
     disabled: Callable[..., Any] = torch.compiler.disable(call_intercepted, reason=reason)  # type: ignore[no-untyped-call]
     return disabled

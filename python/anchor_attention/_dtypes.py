@@ -1,4 +1,4 @@
-"""In which type things are computed."""
+"""The types in which results are computed."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class CpuInstructionSets(NamedTuple):
 
     Attributes:
         selected: The one in use: the best, or the one that ``$ANCHOR_ATTENTION_CPU_ISA`` names.
-        runnable: Those that this processor runs.
+        runnable: Those that this processor can run.
         compiled: All that are in the library.
     """
 
@@ -33,10 +33,10 @@ class CpuInstructionSets(NamedTuple):
 
 
 def cpu_instruction_sets() -> CpuInstructionSets:
-    """Says which instruction sets the CPU kernels have, and which one they use.
+    """Returns the instruction sets of the CPU kernels, and which one is in use.
 
     Raises:
-        RuntimeError: If ``$ANCHOR_ATTENTION_CPU_ISA`` names none that this processor runs.
+        RuntimeError: If ``$ANCHOR_ATTENTION_CPU_ISA`` names none that this processor can run.
     """
     selected, runnable, compiled = torch.ops.anchor_attention.cpu_instruction_sets()
     return CpuInstructionSets(selected, tuple(runnable.split(",")), tuple(compiled.split(",")))
@@ -84,14 +84,14 @@ def load() -> None:
             torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
             return
         except OSError as error:
-            # torch names only the path, and keeps what the loader said as the cause.
+            # torch's error names only the path; the loader's own message is its cause.
             defect = f"can't be loaded with torch {torch.__version__} on this machine ({error.__cause__ or error})"
     raise ImportError(f"anchor_attention: the compiled library {path} {defect}; rebuild it with {REINSTALL}")
 
 
 def _defect(path: Path) -> str | None:
-    """Finds what the dynamic loader does not: it ends the process over a file that was cut short, and it says of a
-    library for another architecture that there is no such file."""
+    """Finds defects that the dynamic loader handles badly: it ends the process over a truncated file, and reports a
+    library for another architecture as a missing file."""
     header = _elf_header(path)
     if not header.startswith(_ELF_MAGIC) or len(header) < _ELF_HEADER:
         return "is not a shared library"

@@ -1,7 +1,7 @@
-"""The checks of csrc/host, in their words, for tensors without data: fake ones and those on the meta device.
+"""The checks of csrc/host, with the same messages, for tensors without data: fake ones and those on the meta device.
 
-While torch traces, sizes can be symbols. What is not known of them is left to the operation, which checks the numbers
-when the graph runs: a question here would become a guard.
+While torch traces, sizes can be symbols. What is unknown about them is left to the operation, which checks the numbers
+when the graph runs: a comparison here would become a guard.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def attention(
     """Checks the arguments of ``attention``.
 
     Raises:
-        RuntimeError: With the text of the operation.
+        RuntimeError: With the message of the operation.
     """
     _check_rank("q", q, 4, "(batch, queries, heads, head_dim)")
     _check_rank("k", k, 4, "(batch, keys, heads, head_dim)")
@@ -58,7 +58,7 @@ def attention(
     if _known(head_dim < 1):
         _fail(f"q must have a head_dim of at least 1, got shape {_shape(q.shape)}")
     heads_first = _same((k.shape[0], k.shape[1], k.shape[3]), (batch, n_queries, head_dim))
-    # Keys and values may have fewer heads than queries: as many as divide theirs.
+    # Keys and values may have fewer heads than queries, if their number divides that of the queries.
     kv_heads, value_dim = k.shape[2], v.shape[3]
     if _known(kv_heads == 0) or (_is_number(kv_heads, heads) and heads % kv_heads):
         kv_heads = heads
@@ -96,10 +96,10 @@ def attention_backward(
     q_freqs: torch.Tensor | None,
     need_q_freqs: bool,
 ) -> None:
-    """Checks what ``attention_backward`` takes beside the arguments of ``attention``.
+    """Checks what ``attention_backward`` takes in addition to the arguments of ``attention``.
 
     Raises:
-        RuntimeError: With the text of the operation.
+        RuntimeError: With the message of the operation.
     """
     lse_shape = (q.shape[0], q.shape[2], q.shape[1])
     lse_dtype = working_dtype(q.dtype)
@@ -139,7 +139,7 @@ def attention_tangents(
         How many there are of each.
 
     Raises:
-        RuntimeError: With the text of the operation.
+        RuntimeError: With the message of the operation.
     """
     ending = "s" if stacked else ""
     n = None if stacked else 1
@@ -164,7 +164,7 @@ def known_value(q: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, lse:
     """Checks the results of the forward that ``attention_jvp`` may be given, and says whether they are.
 
     Raises:
-        RuntimeError: With the text of the operation.
+        RuntimeError: With the message of the operation.
     """
     if (out is None) != (lse is None):
         _fail("out and lse must be given together")
@@ -178,7 +178,7 @@ def rope(x_name: str, x: torch.Tensor, freqs: torch.Tensor, freqs_name: str = "f
     """Checks the arguments of ``rope``, under the names that the caller knows.
 
     Raises:
-        RuntimeError: With the text of the operation.
+        RuntimeError: With the message of the operation.
     """
     _check_rank(x_name, x, 4, "(batch, tokens, heads, head_dim)")
     _check_floating(x_name, x)
@@ -190,7 +190,7 @@ def rope_backward(grad_out: torch.Tensor, x: torch.Tensor | None, freqs: torch.T
     """Checks the arguments of ``rope_backward``.
 
     Raises:
-        RuntimeError: With the text of the operation.
+        RuntimeError: With the message of the operation.
     """
     _check_rank("grad_out", grad_out, 4, "(batch, tokens, heads, head_dim)")
     _check_floating("grad_out", grad_out)
@@ -206,7 +206,7 @@ def rope_backward(grad_out: torch.Tensor, x: torch.Tensor | None, freqs: torch.T
 
 
 def _known(condition: Any) -> bool:
-    """Whether a condition, maybe on symbols, is true for sure. Adds no guard."""
+    """Whether a condition, possibly on symbols, is certainly true. Adds no guard."""
     if isinstance(condition, bool):
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true

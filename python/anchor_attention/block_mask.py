@@ -1,4 +1,4 @@
-"""A key-range table as a mask of FlexAttention, in memory of its ranges, its tokens and its blocks."""
+"""A key-range table as a mask of FlexAttention, in memory proportional to its ranges, tokens and blocks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def make_block_mask(
 
 
 def _by_segments(offsets: Tensor, keys: Tensor, n_keys: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Looks a key's segment between bounds of ranges up, and what its group reads, in a matrix of both."""
+    """Looks up, in a matrix of groups and segments between range bounds, whether the query's group reads the key."""
     bounds = torch.unique(torch.cat([keys.flatten(), keys.new_tensor([0, n_keys])]))
     n_groups = offsets.numel() - 1
     group = torch.repeat_interleave(offsets.diff())
@@ -72,9 +72,9 @@ def _by_segments(offsets: Tensor, keys: Tensor, n_keys: int) -> Callable[[Tensor
 
 
 def _by_search(offsets: Tensor, keys: Tensor, n_keys: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Searches the group's ranges: where groups times segments would be more than tokens.
+    """Searches the ranges of the query's group, where a matrix of groups and segments would exceed the tokens.
 
-    The compiler's kernel for the CPU (torch 2.13) refuses it; on a GPU and uncompiled it runs.
+    The compiled CPU kernel (torch 2.13) rejects it; on a GPU and uncompiled it runs.
     """
     steps = int(offsets.diff().max()).bit_length() if offsets.numel() > 1 else 0
     offsets = torch.cat([offsets, offsets[-1:]])
@@ -100,7 +100,7 @@ def _scores_per_block(
     """Counts the scores in each block: (query blocks, key blocks) int64."""
     (n_queries, n_keys), (q_block, k_block) = lengths, blocks
     n_rows, n_columns = -(-n_queries // q_block), -(-n_keys // k_block)
-    # Every group meets some rows of blocks, each with some of its queries; every range of it is read by these.
+    # Every group overlaps some rows of blocks, each with some of its queries, which read all ranges of the group.
     first_row = queries[:, 0] // q_block
     group, step = _expand((queries[:, 1] - 1) // q_block - first_row + 1)
     row = first_row[group] + step

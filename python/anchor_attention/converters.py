@@ -1,6 +1,6 @@
-"""From and to the index formats of other attention libraries.
+"""Conversions from and to the index formats of other attention libraries.
 
-Beside the constructors of :class:`KeyRangeTable` (paired ranges, ``cu_seqlens``) and its ``to_dense`` and
+Together with the constructors of :class:`KeyRangeTable` (paired ranges, ``cu_seqlens``) and its ``to_dense`` and
 ``to_block_mask``:
 
 ==========================================  ==============================  ============================
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Slice = tuple[int, int]
 
-# A mask of more ranges than this is no union of ranges in any useful sense: it is scattered.
+# A mask with more ranges than this is too scattered for a table of ranges to be useful.
 MAX_RANGES = 65536
 
 
@@ -62,7 +62,7 @@ def to_cu_seqlens(table: KeyRangeTable, n_queries: int, n_keys: int) -> tuple[Te
         cu_seqlens_q and cu_seqlens_k, (n + 1,) int32.
 
     Raises:
-        ValueError: If a group reads several ranges, or groups read keys in another order than their own.
+        ValueError: If a group reads several ranges, or later groups read earlier keys.
     """
     bounds_q, bounds_k = [0], [0]
 
@@ -77,7 +77,7 @@ def to_cu_seqlens(table: KeyRangeTable, n_queries: int, n_keys: int) -> tuple[Te
     for (q_begin, q_end), keys in table.entries():
         if len(keys) != 1 or keys[0][0] < bounds_k[-1]:
             raise ValueError(
-                f"cu_seqlens can't say that the queries [{q_begin}, {q_end}) read {keys}: "
+                f"cu_seqlens can't express that the queries [{q_begin}, {q_end}) read {keys}: "
                 f"it would have to be one range from {bounds_k[-1]} on"
             )
         until(q_begin, keys[0][0])
@@ -93,14 +93,14 @@ def to_cu_seqlens(table: KeyRangeTable, n_queries: int, n_keys: int) -> tuple[Te
 
 
 def from_gappy_keys(cu_seqlens_q: Sequence[int] | Tensor, k_begins: Any, k_lengths: Any) -> KeyRangeTable:
-    """Makes the table of packed queries whose keys stand at given places, with gaps between the samples.
+    """Makes the table of packed queries whose keys are at given places, with gaps between the samples.
 
-    That is what xFormers' block-diagonal masks with gappy or padded keys say: ``q_seqinfo.seqstart``,
+    xFormers' block-diagonal masks with gappy or padded keys hold these numbers: ``q_seqinfo.seqstart``,
     ``k_seqinfo.seqstart`` and ``k_seqinfo.seqlen``.
 
     Args:
         cu_seqlens_q: (n + 1,) cumulative query counts, 0 first.
-        k_begins: (n,) or (n + 1,) first key of each sample; the last of n + 1 is the end of the axis and not used.
+        k_begins: (n,) or (n + 1,) first key of each sample; the last of n + 1 is the end of the axis and is ignored.
         k_lengths: (n,) keys of each sample.
 
     Raises:
@@ -111,7 +111,7 @@ def from_gappy_keys(cu_seqlens_q: Sequence[int] | Tensor, k_begins: Any, k_lengt
     n = len(queries) - 1
     if n < 0 or queries[0] != 0 or len(begins) not in (n, n + 1) or len(lengths) != n:
         raise ValueError(
-            f"cu_seqlens_q must be 0 and n more numbers, k_begins n or n + 1 and k_lengths n, "
+            f"cu_seqlens_q must have n + 1 numbers, the first one 0, k_begins n or n + 1 and k_lengths n, "
             f"got {len(queries)}, {len(begins)} and {len(lengths)}"
         )
     return KeyRangeTable(
@@ -134,7 +134,9 @@ def to_gappy_keys(table: KeyRangeTable, n_queries: int) -> tuple[Tensor, Tensor,
     entries = [*table.entries(), ((n_queries, n_queries), [(0, 0)])]
     for (q_begin, q_end), keys in entries:
         if len(keys) != 1:
-            raise ValueError(f"gappy keys can't say that the queries [{q_begin}, {q_end}) read several ranges, {keys}")
+            raise ValueError(
+                f"gappy keys can't express that the queries [{q_begin}, {q_end}) read several ranges, {keys}"
+            )
         if q_end > n_queries:
             raise ValueError(f"the table reaches to query {q_end}, beyond n_queries={n_queries}")
         if q_begin > bounds[-1]:
@@ -150,7 +152,7 @@ def to_gappy_keys(table: KeyRangeTable, n_queries: int) -> tuple[Tensor, Tensor,
 
 
 def from_dense(mask: Tensor, *, max_ranges: int = MAX_RANGES) -> KeyRangeTable:
-    """Makes the table of a dense mask: exact, neighbouring queries with the same keys being one group.
+    """Makes the table of a dense mask. It is exact; neighbouring queries with the same keys become one group.
 
     Args:
         mask: (Nq, Nk), or with leading axes over which it does not vary: bool, True where a query reads a key, or
@@ -168,7 +170,7 @@ def from_dense(mask: Tensor, *, max_ranges: int = MAX_RANGES) -> KeyRangeTable:
         raise ValueError(f"mask must be (..., queries, keys), got shape {tuple(mask.shape)}")
     if mask.is_floating_point():
         if not bool(((mask == 0) | (mask == -torch.inf)).all()):
-            raise ValueError("mask must hold 0 and −inf alone: a table can't say a bias")
+            raise ValueError("mask must hold only 0 and −inf: a table can't express a bias")
         mask = mask == 0
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool or floating point, got {mask.dtype}")
@@ -176,14 +178,14 @@ def from_dense(mask: Tensor, *, max_ranges: int = MAX_RANGES) -> KeyRangeTable:
     if flat.shape[0] == 0:
         raise ValueError(f"mask must hold at least one pattern, got shape {tuple(mask.shape)}")
     if not bool((flat == flat[:1]).all()):
-        raise ValueError(f"mask of shape {tuple(mask.shape)} must not vary over its leading axes: a table is for all")
+        raise ValueError(f"mask of shape {tuple(mask.shape)} must not vary over its leading axes: all share one table")
     groups = _RangeGroups(max_ranges)
     groups.append(flat[0])
     return groups.table()
 
 
 def from_block_mask(block_mask: BlockMask, *, max_ranges: int = MAX_RANGES) -> KeyRangeTable:
-    """Makes the table of a mask of FlexAttention, one row of blocks at a time: never the dense mask.
+    """Makes the table of a FlexAttention mask, one row of blocks at a time: the dense mask never exists.
 
     Args:
         block_mask: A mask that is the same for all samples and heads.
@@ -198,7 +200,7 @@ def from_block_mask(block_mask: BlockMask, *, max_ranges: int = MAX_RANGES) -> K
         tensor = getattr(block_mask, name)
         if tensor is not None and tensor.shape[:2].numel() != 1:
             raise ValueError(
-                f"block_mask.{name} must be for one sample and head, since a table is for all, "
+                f"block_mask.{name} must be for one sample and head, since all share one table, "
                 f"got shape {tuple(tensor.shape)}"
             )
     device = block_mask.kv_num_blocks.device
@@ -250,7 +252,7 @@ def to_prefix(table: KeyRangeTable, n_tokens: int) -> int:
         return 0
     n = entries[0][1][0][1]
     if n > n_tokens or table != from_prefix(n_tokens, n):
-        raise ValueError(f"a prefix of {n_tokens} tokens can't say {table}")
+        raise ValueError(f"a prefix of {n_tokens} tokens can't express {table}")
     return n
 
 
@@ -265,7 +267,7 @@ class _RangeGroups:
         self.keys: list[list[Slice]] = []
 
     def append(self, rows: Tensor) -> None:
-        """Adds rows (n, Nk) bool below those that are there."""
+        """Appends rows (n, Nk) bool."""
         if rows.shape[0] == 0:
             return
         changes = (rows[1:] != rows[:-1]).any(dim=1).nonzero().flatten() + 1
@@ -278,7 +280,7 @@ class _RangeGroups:
             self.n_ranges += len(keys)
             if self.n_ranges > self.max_ranges:
                 raise ValueError(
-                    f"the mask is no union of at most max_ranges={self.max_ranges} ranges: "
+                    f"the mask is not a union of at most max_ranges={self.max_ranges} ranges: "
                     f"row {self.n_rows + begin} exceeds them"
                 )
             self.queries.append([self.n_rows + begin, self.n_rows + end])

@@ -18,14 +18,14 @@ def with_distance_bias(
     *,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Adds channels to queries and keys, by which every score gets −strength · ‖x − y‖² besides.
+    """Adds channels to queries and keys that add −strength · ‖x − y‖² to every score.
 
-    The squared distance is a sum of products, ‖x‖² · 1 − 2 <x, y> + 1 · ‖y‖², so that n coordinates and two more
-    channels hold all of it, and no bias of size Nq × Nk exists. Values keep their size: it may differ from that of
-    queries and keys. Positions are taken relative to the mean of the keys' positions, which changes no distance and
-    keeps the products small; in 16-bit types they are as coarse as the type.
+    The squared distance is a sum of products, ‖x‖² · 1 − 2 <x, y> + 1 · ‖y‖², so n + 2 channels hold all of it, and no
+    bias of size Nq × Nk exists. Values keep their size, which may differ from that of queries and keys. Positions are
+    taken relative to the mean of the keys' positions, which changes no distance and keeps the products small; in 16-bit
+    types they are as coarse as the type.
 
-    q and k that are to be rotated are rotated before (:func:`rope`). With the results q', k' and scale::
+    If q and k are to be rotated, rotate them first (:func:`rope`). With the results q', k' and scale::
 
         out = anchor_attention(q', k', v, table, scale=scale)
 
@@ -34,8 +34,8 @@ def with_distance_bias(
         k: (B, Nk, Hk, D) keys.
         q_positions: (B or 1, Nq, n) coordinates of the queries.
         k_positions: (B or 1, Nk, n) coordinates of the keys.
-        strength: Factor of the squared distance, or a tensor of one element, which may be learnt; below 0, far keys
-            are read more.
+        strength: Factor of the squared distance: a number, or a tensor of one element, which may be learnt. Below 0,
+            distant keys get more weight.
         scale: Factor of the products <q, k>, not of the distances; D^-½ when None. Not 0.
 
     Returns:
@@ -68,6 +68,6 @@ def with_distance_bias(
 
 
 def _with_channels(tensor: torch.Tensor, channels: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The same channels behind those of every head."""
+    """Appends the same channels to those of every head."""
     added = torch.cat(channels, dim=-1).to(tensor.dtype).unsqueeze(2)
     return torch.cat([tensor, added.expand(*tensor.shape[:3], -1)], dim=-1)

@@ -1,7 +1,7 @@
-"""Formulas of ``torch.utils.flop_counter``: the area of the table, not the tokens, is what is computed.
+"""Formulas for ``torch.utils.flop_counter``, based on the area of the table, not on the number of tokens.
 
-A key that ``key_mask`` drops is counted, because a formula sees shapes alone; and the backward's recomputation of the
-scores is not, as for torch's own attention of the plain kind: these are the operations of the model.
+A key that ``key_mask`` drops is counted, because a formula sees only shapes. The recomputation of the scores in the
+backward is not counted, as for torch's own unfused attention: these are the operations of the model.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _attention_backward(
 
 
 def _tangent_widths(q_shape: Any, k_shape: Any, v_shape: Any, head_dim: int, value_dim: int) -> int:
-    """Of the products that one tangent of the output takes: the arguments are shapes of directions, or None."""
+    """Total width of the products for one tangent of the output. Shapes are those of directions, or None."""
     moves_scores = q_shape is not None or k_shape is not None
     of_scores = (q_shape is not None) + (k_shape is not None)
     return of_scores * head_dim + (moves_scores + (v_shape is not None)) * value_dim
@@ -141,7 +141,7 @@ def _register() -> None:
 
 
 class _ThenRegister(Loader):
-    """Loads the counter's module as its own loader does, and registers the formulas behind it."""
+    """Loads the counter's module as its own loader does, and then registers the formulas."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -155,7 +155,7 @@ class _ThenRegister(Loader):
 
 
 class _WhenImported(MetaPathFinder):
-    """Waits for the counter: to import it takes 0.3 s where Triton is installed, which it imports in turn."""
+    """Waits for the counter to be imported: that takes 0.3 s where Triton is installed, which it imports in turn."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if fullname != _COUNTER or self not in sys.meta_path:

@@ -118,7 +118,7 @@ def anchor_attention(
         key_mask: (B, Nk) bool, True where the key exists.
         scale: Factor of the scores; D^-½ when None. A real tensor of one element, which may be learnt, is multiplied
             into q.
-        allow_uncovered: Whether queries may read no key by the table. False makes them an error (and under
+        allow_uncovered: Whether the table may leave queries without a key. With False they are an error (and under
             ``torch.compile`` a guard on the table).
         return_lse: Whether to return lse as well.
 
@@ -127,7 +127,7 @@ def anchor_attention(
         bfloat16, float16; on the CPU also float64 (with complex128 freqs, float64 lse).
 
     Raises:
-        RuntimeError: If a shape, dtype, device, stride or range does not fit; the text names the argument and value.
+        RuntimeError: If a shape, dtype, device, stride or range does not fit; the message names the argument and value.
         ValueError: If an argument is of another type, or a query reads no key where that is not allowed.
     """
     _check_types(table, q=q, k=k, v=v, q_freqs=q_freqs, k_freqs=k_freqs, key_mask=key_mask)
@@ -165,16 +165,16 @@ def anchor_attention_jvp(
     key_mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention and its derivatives along given directions, at once: they share scores and probabilities.
+    """Attention together with its derivatives along given directions, which share scores and probabilities with it.
 
-    What ``torch.func.jvp`` of :func:`anchor_attention` computes, for several tangents in one pass, and as a plain
-    function, which ``torch.compile`` takes. With directions (a, b, c) of (q, k, v), P the probabilities of a row and
-    T = scale · (<a, k> + <q, b>)::
+    Computes what ``torch.func.jvp`` of :func:`anchor_attention` does, but for several tangents in one pass, and as a
+    plain function, which ``torch.compile`` accepts. With directions (a, b, c) of (q, k, v), P the probabilities of a
+    row and T = scale · (<a, k> + <q, b>)::
 
         tangent of out = Σ_j P_j (T_j − r) v_j + P_j c_j        tangent of lse = r = Σ_j P_j T_j
 
-    q and k that are to be rotated are rotated before, and their tangents likewise (:func:`rope`). Results can be
-    differentiated once more, by gradients. Queries without keys have zero derivatives. Under ``torch.autocast`` all
+    If q and k are to be rotated, rotate them and their tangents first (:func:`rope`). Results can be differentiated
+    once more, in reverse mode. Queries without keys have zero derivatives. Under ``torch.autocast`` all
     tensors are cast to the autocast dtype.
 
     Args:
@@ -182,7 +182,7 @@ def anchor_attention_jvp(
         k: (B, Nk, Hk, D) keys.
         v: (B, Nk, Hk, Dv) values.
         table: Who reads whom.
-        q_tangents: (n, B, Nq, H, D), one direction behind the other, in q's dtype. None stands for zeros; one of the
+        q_tangents: (n, B, Nq, H, D), one direction after the other, in q's dtype. None stands for zeros; one of the
             three must be given.
         k_tangents: (n, B, Nk, Hk, D).
         v_tangents: (n, B, Nk, Hk, Dv).
@@ -194,7 +194,7 @@ def anchor_attention_jvp(
         those of :func:`anchor_attention`.
 
     Raises:
-        RuntimeError: If a shape, dtype, device, stride or range does not fit; the text names the argument and value.
+        RuntimeError: If a shape, dtype, device, stride or range does not fit; the message names the argument and value.
         ValueError: If an argument is of another type.
     """
     tangents = (q_tangents, k_tangents, v_tangents)
@@ -266,7 +266,7 @@ def merge_attention(
     if isinstance(outs, torch.Tensor) or isinstance(lses, torch.Tensor):
         raise ValueError("outs and lses must be lists or tuples of tensors, one of each for each part, got a tensor")
     if not outs or len(outs) != len(lses):
-        raise ValueError(f"outs and lses must be equally many, at least one, got {len(outs)} and {len(lses)}")
+        raise ValueError(f"outs and lses must have the same length, at least 1, got {len(outs)} and {len(lses)}")
     for name, parts, rank in (("outs", outs, 4), ("lses", lses, 3)):
         for i, part in enumerate(parts):
             if not isinstance(part, torch.Tensor):
@@ -281,7 +281,7 @@ def merge_attention(
                 f"{(batch, heads, n_queries)}, got {tuple(out.shape)} and {tuple(lse.shape)}"
             )
     stacked = torch.stack(tuple(lses))
-    # Where no part has a key, 0 stands for −inf on the way: the derivative of logsumexp there would be NaN.
+    # Where no part has a key, 0 replaces −inf in between: the derivative of logsumexp would be NaN there.
     reachable = (stacked != -torch.inf).any(dim=0)
     lse = torch.logsumexp(torch.where(reachable, stacked, 0.0), dim=0)
     weights = torch.exp(stacked - lse).transpose(-1, -2).unsqueeze(-1)
@@ -302,7 +302,7 @@ def _check_types(table: KeyRangeTable, **tensors: torch.Tensor | None) -> None:
 
 
 def _scaled(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """q times a factor of the scores, which takes its gradient from there."""
+    """q times a factor of the scores, which gets its gradient through q."""
     if scale.numel() != 1:
         raise ValueError(
             f"scale must be a number or a tensor of one element, got shape {tuple(scale.shape)}: "
@@ -334,7 +334,7 @@ def _rotated_keys(k: torch.Tensor, k_freqs: torch.Tensor) -> torch.Tensor:
 def _checked_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, table: KeyRangeTable, **keywords: Any
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Refuses what the operation refuses, in its words."""
+    """Refuses what the operation refuses, with the same message."""
     if not torch.compiler.is_compiling():
         q_freqs, k_freqs = keywords["q_freqs"], keywords["k_freqs"]
         ranges = (table.q_ranges, table.k_offsets, table.k_ranges)
@@ -363,7 +363,7 @@ def _reference_jvp(
         directions = tuple(torch.zeros_like(x) if tangent is None else tangent[i] for x, tangent in pairs)
         moved.append(torch.func.jvp(attend, (q, k, v), directions)[1])
     out_tangents, lse_tangents = (torch.stack(parts) for parts in zip(*moved, strict=True))
-    # The jvp of −inf, which does not move, may come out as anything.
+    # The jvp of a constant −inf may come out as anything.
     return out, lse, out_tangents, lse_tangents.masked_fill(lse == -torch.inf, 0.0)
 
 

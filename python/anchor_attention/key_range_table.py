@@ -27,7 +27,7 @@ class KeyRangeTable:
     be apart, shared with other groups, empty, or repeated (a repeated range counts twice in the softmax, as a
     concatenation would). Queries in no range, or with no key, get output 0 and a log-sum-exp of −inf.
 
-    The constructor checks the table and brings it into one canonical form, which depends on its meaning alone: groups
+    The constructor checks the table and brings it into a canonical form, which depends only on its meaning: groups
     without keys are dropped, ranges are sorted, touching ranges are joined. While ``torch.compile`` traces, numbers are
     symbolic: then the operation does both at run time, and no guard is added.
 
@@ -45,8 +45,8 @@ class KeyRangeTable:
     q_ranges: tuple[int, ...]
     k_offsets: tuple[int, ...]
     k_ranges: tuple[int, ...]
-    # The same three with empty ranges behind them: a tracer takes their lengths for constants, and few of those serve
-    # batches of every number of samples.
+    # The same three, padded with empty ranges: to a tracer their lengths are constants, and with the padding few
+    # different lengths serve batches of any number of samples.
     padded_ranges: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
     def __init__(self, q_ranges: Iterable[int], k_offsets: Iterable[int], k_ranges: Iterable[int]) -> None:
@@ -84,7 +84,7 @@ class KeyRangeTable:
             attention_patterns: Each group is a query in at most one pattern.
 
         Raises:
-            ValueError: If a name is duplicate or unknown, or a group is a query in several patterns.
+            ValueError: If a name is repeated or unknown, or a group is a query in several patterns.
         """
         slices: dict[str, Slice] = {}
         begin = 0
@@ -103,7 +103,7 @@ class KeyRangeTable:
         key_slices: Mapping[str, Slice],
         attention_patterns: Sequence[AttentionPattern],
     ) -> KeyRangeTable:
-        """Makes the table of attention patterns, queries and keys on axes of their own.
+        """Makes the table of attention patterns, queries and keys on separate axes.
 
         Args:
             query_slices: ``{group: (begin, end)}`` on the query axis.
@@ -206,7 +206,7 @@ class KeyRangeTable:
         """Checks that each of the queries ``[0, n_queries)`` reads a key.
 
         Raises:
-            ValueError: If one reads none; the text names the first run of them.
+            ValueError: If one reads none; the message names the first run of such queries.
         """
         covered = 0
         for (q_begin, q_end), keys in [*self.entries(), ((n_queries, n_queries), [(0, 1)])]:
@@ -221,7 +221,7 @@ class KeyRangeTable:
         """Returns the table as a (n_queries, n_keys) bool mask, True where a query reads a key.
 
         Raises:
-            ValueError: If a range is out of bounds, or a group reads a key twice, which no mask can say.
+            ValueError: If a range is out of bounds, or a group reads a key twice, which no mask can express.
         """
         self._check_expressible_as_mask(n_queries, n_keys)
         mask = torch.zeros(n_queries, n_keys, dtype=torch.bool)
@@ -233,7 +233,7 @@ class KeyRangeTable:
     def to_block_mask(
         self, n_queries: int, n_keys: int, *, block_size: int | tuple[int, int] = 128, device: Any = "cpu"
     ) -> BlockMask:
-        """Returns the table as a ``BlockMask`` of FlexAttention, without ever forming the dense mask.
+        """Returns the table as a ``BlockMask`` of FlexAttention; the dense mask never exists.
 
         Args:
             n_queries: Length of the query axis.
@@ -289,7 +289,7 @@ class KeyRangeTable:
             for (_, end), (following, _) in itertools.pairwise(keys):
                 if following < end:
                     raise ValueError(
-                        f"queries [{q_begin}, {q_end}) read key {following} more than once, which a mask can't say"
+                        f"queries [{q_begin}, {q_end}) read key {following} more than once, which a mask can't express"
                     )
 
 
@@ -315,7 +315,7 @@ def _named_slice(slices: Mapping[str, Slice], name: str) -> Slice:
 
 
 def _is_traced(table: Iterable[Sequence[int]]) -> bool:
-    """Whether numbers may be symbols: what depends on their values is then the operation's to do."""
+    """Whether numbers may be symbols: what depends on their values is then left to the operation."""
     return torch.compiler.is_compiling() or any(isinstance(n, torch.SymInt) for numbers in table for n in numbers)
 
 
@@ -327,7 +327,7 @@ def _padded(
     offsets = (*k_offsets, *(n_ranges,) * (groups - n_groups))
     return (
         (*q_ranges, *(0, 0) * (groups - n_groups)),
-        # The last group has what was added to the ranges: nothing to read.
+        # The last group gets the ranges that were added, which are empty.
         (*offsets[:-1], ranges) if groups > 0 else offsets,
         (*k_ranges, *(0, 0) * (ranges - n_ranges)) if groups > 0 else k_ranges,
     )
@@ -353,7 +353,7 @@ def integers(name: str, numbers: Any) -> list[int]:
     """Reads a one-dimensional sequence, array or tensor of integers.
 
     Raises:
-        ValueError: If it is something else; the text calls it ``name``.
+        ValueError: If it is something else; the message calls it ``name``.
     """
     values = _listed(name, numbers)
     if any(isinstance(value, list) for value in values):
@@ -366,14 +366,14 @@ def integers(name: str, numbers: Any) -> list[int]:
 
 
 def _name_of(query: Slice, groups: Mapping[Any, tuple[Slice, list[int]]]) -> Any:
-    """What a range of queries is looked up by among those before it."""
+    """The key under which a range of queries is looked up among those before it."""
     if torch.compiler.is_compiling():
         # The hash of a symbol would make it a constant of the graph; a comparison only guards which ones are equal.
         for name, (other, _) in groups.items():
             if other[0] == query[0] and other[1] == query[1]:
                 return name
         return len(groups)
-    # Symbolic numbers have no hash: they are the same where their expressions are.
+    # Symbolic numbers have no hash: they are equal where their expressions are.
     return tuple(bound if type(bound) is int else str(bound) for bound in query)
 
 

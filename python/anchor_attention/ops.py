@@ -1,7 +1,7 @@
 """Autograd of ``torch.ops.anchor_attention``, forward and reverse; the schemas are in csrc/registration.cpp.
 
-Derivatives of derivatives are operations, too (docs/derivatives.md): the tangent of the attention is differentiated by
-its second derivative, ``attention_double_backward``, and so is its gradient.
+Derivatives of derivatives are operations, too (docs/derivatives.md): the derivative of the attention's tangent, and
+that of its gradient, is the second derivative, ``attention_double_backward``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Grads = tuple[torch.Tensor | None, ...]
 
 def _save(ctx: Any, *tensors: torch.Tensor | None) -> None:
     ctx.save_for_backward(*tensors)
-    # Only where it is asked for: what is saved for forward mode lives as long as the context.
+    # Only if needed: what is saved for forward mode lives as long as the context.
     if _has_forward_mode():
         ctx.save_for_forward(*tensors)
 
@@ -31,16 +31,16 @@ def _has_forward_mode() -> bool:
 
 
 def _saved(ctx: Any) -> tuple[Any, ...]:
-    """What was saved, without wrappers of a level that is gone, as where what ``torch.func.vjp`` returned is called.
+    """The saved tensors, without wrappers of a level that has ended, as when the function from ``torch.func.vjp`` runs.
 
-    Function.apply takes them off, but is not what records our calls.
+    Function.apply would remove them, but it is not what records our calls.
     """
     unwrap = torch._C._functorch.unwrap_if_dead
     return tuple(None if tensor is None else unwrap(tensor) for tensor in ctx.saved_tensors)
 
 
 def _primals(ctx: Any) -> tuple[Any, ...]:
-    """What was saved, without its tangents: those of a tangent would be a second derivative that nobody asked for."""
+    """The saved tensors, without their tangents, which would turn a tangent into an unwanted second derivative."""
     if torch._C._are_functorch_transforms_active():
         # The levels of torch.func separate them.
         return _saved(ctx)
@@ -59,7 +59,7 @@ def _sum(*terms: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _tangent(tensor: torch.Tensor | None, like: torch.Tensor, needed: bool) -> torch.Tensor:
-    """Of an output that may not move, or is the empty one that nobody needs."""
+    """The tangent of an output: zeros if nothing moves it, empty if it is not needed."""
     return like.new_zeros(like.shape if needed else 0) if tensor is None else tensor
 
 
@@ -85,7 +85,7 @@ def _attention_backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch
     need_q, need_k, need_v, _, _, _, need_q_freqs, _, _, _ = ctx.needs_input_grad
     needs = (need_q, need_k, need_v, need_q_freqs)
     if q_freqs is not None and (torch.is_grad_enabled() or _has_forward_mode()):
-        # Of the gradient, derivatives may be taken: those of the rotation are its own.
+        # The gradient may be differentiated in turn: then the rotation is a step of its own, with its own derivatives.
         rotated = rope(q, q_freqs)
         needs = (need_q or need_q_freqs, need_k, need_v, False)
         grads = attention_backward(
@@ -110,7 +110,7 @@ def _attention_tangent(ctx: Any, *input_tangents: Any) -> tuple[torch.Tensor, to
     if q_freqs is not None:
         q_tangent = _rotation_tangent(q, q_freqs, q_tangent, freqs_tangent)
         q = rope(q, q_freqs)
-    # The output as it was rounded to 16 bits is not exact enough for sums to be centred on it.
+    # An output that was rounded to 16 bits is not exact enough for sums to be centred on it.
     known = (out, lse) if q.dtype in (torch.float32, torch.float64) else (None, None)
     tangents = (None if tangent is None else tangent.unsqueeze(0) for tangent in (q_tangent, k_tangent, v_tangent))
     _, _, out_tangents, lse_tangents = attention_jvp(q, k, v, *known, *tangents, *ctx.table, key_mask, ctx.scale)
@@ -147,7 +147,7 @@ def _attention_second(
     return results
 
 
-# out and lse are functions of q, k and v: what hangs on them is part of the derivative by those.
+# out and lse are functions of q, k and v: what depends on them is part of the derivative with respect to q, k and v.
 def _attention_double_backward(ctx: Any, *grads: torch.Tensor | None) -> Grads:
     _refuse_rotation(ctx)
     directions = grads[:3]
@@ -230,7 +230,7 @@ def _attention_jvp_backward(
 
 def _no_further_forward_mode(ctx: Any, *tangents: Any) -> Grads:
     raise RuntimeError(
-        "anchor_attention: forward mode can't be applied to forward mode: take jvp of grad, or grad of jvp, or "
+        "anchor_attention: forward mode can't be applied to forward mode: use jvp of grad, or grad of jvp, or "
         'use_backend("reference")'
     )
 
@@ -332,8 +332,8 @@ def _make_differentiable(
 ) -> Callable[..., Any]:
     """Registers the derivatives of an operation and its rule of ``torch.vmap``.
 
-    Not by ``torch.library.register_autograd``, which is slow to call, and whose function ``torch.func`` refuses for
-    want of ``setup_context``.
+    ``torch.library.register_autograd`` is not used: it is slow to call, and ``torch.func`` refuses its function, which
+    lacks ``setup_context``.
 
     Returns:
         The operation for calls that are not traced. It takes all arguments of the schema, by position. ``torch.func``
@@ -369,8 +369,8 @@ def _make_differentiable(
         name, (torch.autograd.Function,), {key: staticmethod(member) for key, member in members.items()}
     )
 
-    # What Function.apply comes to outside of torch.func, without its looking up the signature of `forward` in every
-    # call, which takes ten microseconds.
+    # What Function.apply does outside torch.func, except for looking up the signature of `forward` in every call,
+    # which takes ten microseconds.
     record = super(torch.autograd.Function, function).apply
 
     def autograd_kernel(*args: Any) -> Any:
@@ -379,7 +379,7 @@ def _make_differentiable(
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError(
                 f"torch.func can't differentiate torch.ops.anchor_attention.{name}: "
-                "call the function of the package anchor_attention, outside of torch.compile"
+                "call the function of the package anchor_attention, outside torch.compile"
             )
         # The dispatcher leaves out trailing arguments that have their default.
         return record(*args, *defaults[len(args) :])

@@ -1,4 +1,4 @@
-"""Token groups and attention patterns: who reads whom, in names."""
+"""Token groups and attention patterns: who reads whom, by name."""
 
 from __future__ import annotations
 

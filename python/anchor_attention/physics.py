@@ -1,13 +1,13 @@
-"""Derivatives of learnt fields by the coordinates of their points: gradient, Jacobian, divergence, curl, Laplacian.
+"""Derivatives of learnt fields with respect to coordinates: gradient, Jacobian, divergence, curl, Laplacian.
 
-A decoder is any function that takes the coordinates of points, (…, n, d), to its outputs there, (…, n, C), each point's
-from its own coordinates alone: queries against fixed anchors, or against their cache, are such. That is what makes
-derivatives by all coordinates of all points as cheap as d directions. A decoder whose points read one another gets sums
-over points instead.
+A decoder is any function from the coordinates of points, (…, n, d), to outputs at these points, (…, n, C), where the
+outputs at a point depend only on its own coordinates: for example queries against fixed anchors, or against their
+cache. This makes derivatives with respect to all coordinates of all points as cheap as d directions. For a decoder
+whose points read each other, the results are sums over points instead.
 
-Points are taken a chunk at a time. Without gradients to parameters, under ``torch.no_grad``, a chunk's memory is
-all that is used; with them, autograd keeps what each chunk saves. First derivatives can be differentiated once more, by
-parameters; the Laplacian, which is a second derivative, only on the reference back-end.
+Points are processed in chunks. Under ``torch.no_grad`` only the memory of one chunk is used; otherwise autograd keeps
+what each chunk saves. First derivatives can be differentiated once more, with respect to parameters; the Laplacian,
+which is a second derivative, only on the reference back-end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHUNK_SIZE = 8192
 def jacobian(
     decoder: Decoder, coordinates: torch.Tensor, *, chunk_size: int = CHUNK_SIZE
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and first derivatives of all outputs, in forward mode: d tangents, which share one pass.
+    """Values and first derivatives of all outputs, in forward mode: d tangents that share one pass.
 
     Args:
         decoder: From coordinates (…, n, d) of any n to outputs (…, n, C).
@@ -52,7 +52,7 @@ def jacobian(
 
 
 def gradient(decoder: Decoder, coordinates: torch.Tensor, *, chunk_size: int = CHUNK_SIZE) -> torch.Tensor:
-    """The gradient of a scalar field, in reverse mode: for one output that is cheaper than d tangents.
+    """The gradient of a scalar field, in reverse mode, which is cheaper than d tangents for one output.
 
     Args:
         decoder: From coordinates (…, n, d) to outputs (…, n, 1).
@@ -75,7 +75,7 @@ def gradient(decoder: Decoder, coordinates: torch.Tensor, *, chunk_size: int = C
 
 
 def stream_velocity(decoder: Decoder, coordinates: torch.Tensor, *, chunk_size: int = CHUNK_SIZE) -> torch.Tensor:
-    """The velocity (∂ψ/∂y, −∂ψ/∂x) of a stream function ψ in the plane, which has no divergence, whatever ψ is.
+    """The velocity (∂ψ/∂y, −∂ψ/∂x) of a stream function ψ in the plane, which is free of divergence for every ψ.
 
     Args:
         decoder: From coordinates (…, n, 2) to ψ, (…, n, 1).
@@ -86,7 +86,7 @@ def stream_velocity(decoder: Decoder, coordinates: torch.Tensor, *, chunk_size: 
         (…, N, 2).
 
     Raises:
-        ValueError: If an argument does not fit, coordinates are not of the plane, or the decoder has several outputs.
+        ValueError: If an argument does not fit, there are not two coordinates, or the decoder has several outputs.
     """
     _check_dimensions(coordinates, (2,))
     by_x, by_y = gradient(decoder, coordinates, chunk_size=chunk_size).unbind(-1)
@@ -105,7 +105,7 @@ def divergence(decoder: Decoder, coordinates: torch.Tensor, *, chunk_size: int =
         (…, N).
 
     Raises:
-        ValueError: If an argument does not fit, or the decoder has another number of outputs.
+        ValueError: If an argument does not fit, or the decoder does not have d outputs.
     """
     checked = _with_outputs(decoder, (coordinates.shape[-1],))
     _, slopes = jacobian(checked, coordinates, chunk_size=chunk_size)
@@ -124,7 +124,7 @@ def curl(decoder: Decoder, coordinates: torch.Tensor, *, chunk_size: int = CHUNK
         In the plane ∂u_y/∂x − ∂u_x/∂y, (…, N); in space the vector ∇ × u, (…, N, 3).
 
     Raises:
-        ValueError: If an argument does not fit, d is neither 2 nor 3, or the decoder has another number of outputs.
+        ValueError: If an argument does not fit, d is neither 2 nor 3, or the decoder does not have d outputs.
     """
     _check_dimensions(coordinates, (2, 3))
     d = coordinates.shape[-1]
@@ -173,7 +173,7 @@ def _tangent(function: Decoder, x: torch.Tensor, along: torch.Tensor) -> tuple[t
 
 
 def _slopes_of_sum(decoder: Decoder, x: torch.Tensor, c: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values, and the gradient of output c, for every point: that of its sum, to which each point adds its own part."""
+    """Values, and the gradient of output c at every point: that of the sum over points, each of which adds its part."""
 
     def total(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         values = decoder(x)
@@ -196,7 +196,7 @@ def _in_chunks(function: Callable[[torch.Tensor], Result], coordinates: torch.Te
         raise ValueError(f"coordinates must be a floating-point tensor (…, N, d), got {_description(coordinates)}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    # One chunk where there is no point: it says how many outputs there are.
+    # Without points there is one empty chunk, which shows how many outputs there are.
     return [function(chunk) for chunk in torch.split(coordinates, chunk_size, dim=-2)]
 
 

@@ -1,7 +1,7 @@
 """Rules of ``torch.vmap``: the mapped axis becomes part of the batch axis, and one call serves all samples.
 
-Each rule gets the call to make: outside of the dispatcher that is the differentiable function, which the transforms
-around this one see.
+Each rule is given the function to call: outside the dispatcher that is the differentiable function, which the enclosing
+transforms see.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def attention(call: Call, info: Any, in_dims: Dims, *args: Any) -> tuple[tuple[t
 def attention_backward(
     call: Call, info: Any, in_dims: Dims, *args: Any
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
-    """The rule of ``attention_backward``: gradients for each sample, also of what the samples share."""
+    """The rule of ``attention_backward``: gradients for each sample, even of tensors that the samples share."""
     *tensors, q_ranges, k_offsets, k_ranges, q_freqs, key_mask, scale, allow_tf32, need_q, need_k, need_v, need_f = args
     n = info.batch_size
     grad_out, grad_lse, q, k, v, out, lse = (
@@ -78,7 +78,7 @@ def attention_backward(
 def attention_jvp(
     call: Call, info: Any, in_dims: Dims, *args: Any
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
-    """The rule of ``attention_jvp``: mapped tangents of what the samples share become more tangents of one call."""
+    """The rule of ``attention_jvp``: mapped tangents of shared tensors become further tangents of one call."""
     q, k, v, out, lse, *rest = _with_defaults(args, 11, None, None)
     tangents, table, (key_mask, scale) = rest[:3], rest[3:6], rest[6:]
     dims = _with_defaults(in_dims, 11, None, None)
@@ -104,7 +104,7 @@ def attention_jvp(
 def attention_double_backward(
     call: Call, info: Any, in_dims: Dims, *args: Any
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int | None, ...]]:
-    """The rule of ``attention_double_backward``: results for each sample, also of what the samples share."""
+    """The rule of ``attention_double_backward``: results for each sample, even for tensors that the samples share."""
     n, mask_dim = info.batch_size, in_dims[13]
     tensors = [_fold(tensor, dim, n) for tensor, dim in zip(args[:10], in_dims, strict=False)]
     tensors[5:7] = (tensor.contiguous() for tensor in tensors[5:7])
@@ -161,7 +161,7 @@ def _mapped_first(tensor: torch.Tensor, dim: int | None, n: int) -> torch.Tensor
 
 def _flattened(mapped: torch.Tensor, axis: int = 0) -> torch.Tensor:
     folded = mapped.flatten(axis, axis + 1)
-    # The axis that was mapped can have been the last one of memory, which the operations want contiguous.
+    # The mapped axis may have been the last one in memory, and the operations need a contiguous last axis.
     return folded if folded.stride(-1) == 1 else folded.contiguous()
 
 
@@ -174,7 +174,7 @@ def _fold_freqs(
 ) -> torch.Tensor | None:
     """Factors (batch or 1, tokens, pairs) of each sample, or of all, to (n · batch or 1, tokens, pairs).
 
-    ``separate``: never 1, so that the gradient of each sample can be told from the others'.
+    ``separate``: never 1, so that the gradients of the samples stay separate.
     """
     if freqs is None or (dim is None and freqs.shape[0] == 1 and not separate):
         return freqs

@@ -86,7 +86,7 @@ def test_files_hold_every_row(four: Processes, tmp_path: Path, shards: bool, dty
     [
         ("raises", "KeyError: 'what only", "ProcessError: process 1 of the group failed: KeyError: 'what only"),
         ("narrow", "ValueError: decode must return rows of one width and type on every process, got [(3, ", None),
-        ("path", "ValueError: processes must call with the same", None),
+        ("path", "ValueError: processes must make the same call", None),
     ],
 )
 @pytest.mark.parametrize("shards", [False, True])

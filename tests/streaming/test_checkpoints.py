@@ -70,9 +70,7 @@ def test_other_queries_of_equal_length_are_refused(tmp_path: Path) -> None:
     interrupt(note, out)
     other = X.clone()
     other[19, 2] += 1e-6
-    refused(
-        "is of a run with other queries: go on with what that run had, or delete the file", note, out, queries=other
-    )
+    refused("belongs to a run with other queries: continue with what that run had, or delete", note, out, queries=other)
     refused("with other queries", note, out, queries=X.double())
     refused("with other queries", note, out, queries=torch.cat((X, X), dim=1))
     # What is not yet decoded may change: it is decoded as it is now, whatever the size of the chunks.
@@ -88,7 +86,7 @@ def test_another_cache_is_refused(tmp_path: Path) -> None:
     interrupt(note, out, cache=Cache(tree))
     other = copy.deepcopy(tree)
     other["layers"][0]["a"]["v"][0, 1, 2, 3] += 1e-6
-    refused("is of a run with other contents of the cache", note, out, cache=other)
+    refused("belongs to a run with other contents of the cache", note, out, cache=other)
     refused("other contents of the cache", note, out, cache={**tree, "angle": 1.25})
     refused("other contents of the cache", note, out, cache=Cache(tree).to(dtype=torch.float64))
     Cache(tree).save(tmp_path / "cache.pt")
@@ -103,7 +101,7 @@ def test_outputs_that_are_not_what_was_written_are_refused(tmp_path: Path) -> No
         return np.lib.format.open_memmap(tmp_path / "y.npy", mode="w+", dtype=np.float32, shape=(40, 4))
 
     interrupt(note, recreated())
-    refused("is of a run with other rows in outputs than it wrote", note, recreated())
+    refused("belongs to a run with other rows in outputs than it wrote", note, recreated())
     note.unlink()
     out = recreated()
     interrupt(note, out)
@@ -177,7 +175,7 @@ def test_other_weights_of_what_decode_reaches_are_refused(tmp_path: Path) -> Non
         interrupt(note, out, decode=functools.partial(_call, decode))
         with torch.no_grad():
             GLOBAL.layer.bias[0] += 1
-        refused("is of a run with other weights", note, out, decode=functools.partial(_call, decode))
+        refused("belongs to a run with other weights", note, out, decode=functools.partial(_call, decode))
         with torch.no_grad():
             GLOBAL.layer.bias[0] -= 1
     assert weights_fingerprint(double) == weights_fingerprint(lambda: None) != weights_fingerprint(GLOBAL)

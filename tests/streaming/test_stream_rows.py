@@ -209,7 +209,7 @@ def test_a_mapped_file_that_is_cut_is_an_error_and_no_signal(what: str, tmp_path
     command = [sys.executable, "-c", textwrap.dedent(ROWS_FILE), str(tmp_path / "f"), what]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     name = r"queries['']" if what == "queries" else "outputs['']"
-    assert f"2 [Errno 5] {name} maps " in run.stdout and "of a file that was cut to 4096 bytes" in run.stdout
+    assert f"2 [Errno 5] {name} maps " in run.stdout and "of a file that was truncated to 4096 bytes" in run.stdout
 
 
 def test_a_mapped_output_that_outgrows_its_disk_is_refused_first(tmp_path: Path) -> None:

@@ -173,7 +173,7 @@ def test_outputs_find_their_branch() -> None:
     assert torch.equal(outputs["query_wind_pressure"], queries["wind"])
     assert torch.equal(outputs["query_window_pressure"], queries["window"])
     assert torch.equal(outputs["total"], 3 * queries["wind"])
-    with pytest.raises(ValueError, match=r"output 'total' is of none of the branches \['wind', 'window'\]"):
+    with pytest.raises(ValueError, match=r"output 'total' belongs to none of the branches \['wind', 'window'\]"):
         stream(decode, None, queries, chunk_size=3)
 
 

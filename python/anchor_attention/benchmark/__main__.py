@@ -1,4 +1,4 @@
-"""Times a shape of one's own: ``python -m anchor_attention.benchmark --help``."""
+"""Times a shape of your own: ``python -m anchor_attention.benchmark --help``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ or, for packed samples, pairs of ranges begin-end of queries and keys:
 
 @dataclass(frozen=True)
 class Shape:
-    """What is attended to: a table, and the lengths of its axes."""
+    """Who attends to whom: a table, and the lengths of its axes."""
 
     table: KeyRangeTable
     n_queries: int
@@ -79,7 +79,7 @@ def parse_ranges(texts: Sequence[str]) -> Shape:
 
 
 def measure(arguments: argparse.Namespace, shape: Shape) -> list[dict[str, Any]]:
-    """Times ours and the peers on the shape, and takes their errors. One record per contestant."""
+    """Times ours and the peers on the shape, and measures their errors. One record per contestant."""
     dtype = DTYPES[arguments.dtype]
     backward = arguments.passes != FORWARD
     sizes = (arguments.batch, shape.n_queries, shape.n_keys, arguments.heads, arguments.head_dim)
@@ -146,11 +146,11 @@ def verdict(records: Sequence[dict[str, Any]]) -> str:
     }
     by_time.pop(OURS)
     if not by_time:
-        return "Nobody to compare with took part."
+        return "There was no peer to compare with."
     best = min(by_time, key=lambda name: by_time[name].median)
     lower, median, upper = by_time[best]
     if lower <= 1 <= upper:
-        return f"A draw between {OURS} and {best}: the ratio's quartiles, {lower:.2f} and {upper:.2f}, lie around 1."
+        return f"A draw between {OURS} and {best}: the ratio's quartiles, {lower:.2f} and {upper:.2f}, enclose 1."
     if median > 1:
         return f"{OURS} won: {best}, the fastest peer, takes {median:.2f} times as long."
     return f"{best} won: {OURS} takes {1 / median:.2f} times as long."
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = parser()
     arguments = command.parse_args(argv)
     try:
-        # Nothing but a tensor tells whether a device can be used.
+        # Only making a tensor shows whether a device can be used.
         if torch.empty(1, device=arguments.device).is_meta:
             raise RuntimeError("it holds no data")
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -54,7 +54,7 @@ def make_operation_inputs(
 
 
 def operation_contestant(attention: Attention, passes: str) -> Callable[[OperationInputs], tuple[Tensor, ...]]:
-    """The timed function: (out,) without autograd, or (out, grad_q, grad_k, grad_v) with gradients made anew.
+    """The timed function: (out,) without autograd, or (out, grad_q, grad_k, grad_v) with newly allocated gradients.
 
     Raises:
         ValueError: If ``passes`` is not one of :data:`PASSES`.

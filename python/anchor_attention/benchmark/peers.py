@@ -16,13 +16,13 @@ from ..key_range_table import KeyRangeTable, Slice
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-# A boolean mask becomes one of the inputs' dtype inside of scaled_dot_product_attention: beyond this, moving it is what
-# would be timed.
+# scaled_dot_product_attention converts a boolean mask to the inputs' dtype: above this size, mostly the transfer of the
+# mask would be timed.
 MAX_DENSE_SCORES = 2**26
 
 
 class NotSupportedError(Exception):
-    """A peer can't do what is asked; the text says why."""
+    """A peer does not support the case; the message says why."""
 
 
 class PreparedPeer(NamedTuple):
@@ -42,7 +42,7 @@ def prepare_peer(
     backward: bool = False,
     device: str | torch.device = "cpu",
 ) -> PreparedPeer:
-    """Makes a contestant for one table. What depends on the table alone is done here, outside of any timing.
+    """Makes a contestant for one table. What depends on the table alone is done here, outside any timing.
 
     Args:
         name: One of :data:`PEERS`.
@@ -108,7 +108,7 @@ def _anchor_attention(
 def _eager(
     table: KeyRangeTable, n_queries: int, n_keys: int, key_mask: Tensor | None, backward: bool, device: torch.device
 ) -> Attention:
-    """Concatenates each group's queries and keys, batches groups of equal shape, takes the result apart again."""
+    """Concatenates each group's queries and keys, batches groups of equal shape, and splits the result again."""
     entries = table.entries()
     by_shape: dict[Slice, list[int]] = {}
     for g, ((begin, end), ranges) in enumerate(entries):

@@ -1,4 +1,4 @@
-"""Interleaved timing: on a machine whose clock moves, only times of the same moment can be compared."""
+"""Interleaved timing: on a machine whose clock rate varies, only times from the same moment can be compared."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def interleave(
     """Times every contestant once per round, on inputs that are new in each round.
 
     Args:
-        contestants: Functions of the inputs, by name. What they return is dropped outside of the timing.
+        contestants: Functions of the inputs, by name. What they return is dropped outside the timing.
         make_inputs: Makes the inputs of one round.
         rounds: Rounds that count.
-        warmup: Rounds before, that don't.
+        warmup: Rounds before them that don't.
         device: Where the contestants run. On a GPU, CUDA events take the time.
 
     Returns:
@@ -52,7 +52,7 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(warmup + rounds):
         inputs = make_inputs()
-        # Each contestant leads in turn, so that none always finds the caches that the same other one left.
+        # Each contestant goes first in turn, so that none always finds the caches left by the same other one.
         first = i % len(names)
         for name in names[first:] + names[:first]:
             duration = elapsed(contestants[name], inputs)
@@ -80,7 +80,7 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 
 def wall_seconds(contestant: Callable[[T], object], inputs: T) -> float:
-    """Seconds of a call by the wall clock; what it returns is dropped outside of them."""
+    """Seconds of a call by the wall clock; what it returns is dropped outside them."""
     begin = time.perf_counter()
     result = contestant(inputs)
     duration = time.perf_counter() - begin

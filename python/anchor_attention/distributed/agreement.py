@@ -1,4 +1,4 @@
-"""What processes tell each other once per layout: sizes, and whether all mean the same call."""
+"""What processes tell each other once per layout: sizes, and whether all are making the same call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def agree(description: str, numbers: list[int], group: dist.ProcessGroup) -> lis
         The numbers of every process.
 
     Raises:
-        ValueError: On every process, if the descriptions differ; the text holds two that do.
+        ValueError: On every process, if the descriptions differ; the message holds two that do.
         ProcessError: On every process but those that called :func:`fail`, if some did; or if one has ended or does not
             answer in time.
     """
@@ -33,7 +33,7 @@ def agree(description: str, numbers: list[int], group: dist.ProcessGroup) -> lis
 
 
 def fail(error: Exception, group: dist.ProcessGroup) -> None:
-    """Takes part in the agreement that the other processes wait in, to say that this one can't go on."""
+    """Joins the agreement in which the other processes are waiting, to tell them that this one can't continue."""
     try:
         _exchange(f"{type(error).__name__}: {error}", [], group, failed=True)
     except (ProcessError, ValueError):
@@ -54,7 +54,7 @@ def _exchange(text: str, numbers: list[int], group: dist.ProcessGroup, *, failed
         if failures:
             raise ProcessError(f"process {failures[0]} of the group failed: {texts[failures[0]]}")
         raise ValueError(
-            f"processes must call with the same, got on process 0 of the group {texts[0]}, "
+            f"processes must make the same call, got on process 0 of the group {texts[0]}, "
             f"on process {different[0]} {texts[different[0]]}"
         )
     most = max(header[3] for header in headers)

@@ -60,12 +60,13 @@ def sharded_attention(
     What travels depends on the table's case:
 
     - replicated: nothing forward; the gradients of k and v are summed over the processes, each of which gets the sum.
-    - gathered: every process gets the keys and values that are read; the gradients of all are summed and go home.
+    - gathered: every process gets the keys and values that are read; the gradients of all are summed and returned to
+      the process that holds the keys.
     - ring: blocks of keys and values go round, and partial results are merged by their log-sum-exps; in the backward
       the blocks go round again with their gradients.
 
-    Gradients are summed in float32 (float64 for float64), in an order that depends on the number of processes alone.
-    There are first derivatives in reverse mode, and no others.
+    Gradients are summed in float32 (float64 for float64), in an order that depends only on the number of processes.
+    Only first derivatives in reverse mode are supported.
 
     Args:
         q: (B, Nq, H, D) queries of this process, Nq of any size on each.
@@ -82,7 +83,7 @@ def sharded_attention(
         out (B, Nq, H, Dv) in q's dtype, and with ``return_lse`` lse (B, H, Nq), of the queries of this process.
 
     Raises:
-        ValueError: If the table is none, or k, v and key_mask are not what was agreed on.
+        ValueError: If the table is not a :class:`ShardedTable`, or k, v and key_mask are not what was agreed on.
         RuntimeError: As :func:`anchor_attention.anchor_attention`.
         ProcessError: If another process fails, has ended or does not answer in time.
     """

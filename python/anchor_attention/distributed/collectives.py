@@ -86,7 +86,7 @@ def wait(tensor: Tensor, what: str) -> Tensor:
     """Waits for what a collective was started for.
 
     Raises:
-        ProcessError: If a process has failed, has ended or did not take part in time; the text says in ``what``.
+        ProcessError: If a process has failed, has ended or did not take part in time; the message says in ``what``.
     """
     return _explained(lambda: torch.ops._c10d_functional.wait_tensor(tensor), what)
 

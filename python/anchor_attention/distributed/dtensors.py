@@ -26,7 +26,7 @@ class _Cut(NamedTuple):
     rank: int = 0
 
     def bounds(self, rank: int) -> Slice:
-        """As torch cuts: every part is as large as the first one, but for the last."""
+        """As torch cuts: all parts are as large as the first one, except at the end of the axis."""
         step = -(-self.size // self.parts)
         return min(rank * step, self.size), min((rank + 1) * step, self.size)
 
@@ -69,7 +69,7 @@ def dtensor_attention(
         (B, Nq, H, Dv), with the placements of q.
 
     Raises:
-        ValueError: If one is no DTensor, their meshes differ, or they are sharded in another way.
+        ValueError: If one is no DTensor, their meshes differ, or the sharding is not one of these.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, DTensor):
@@ -83,7 +83,7 @@ def dtensor_attention(
     if q.shape[HEADS] % heads.parts or k.shape[HEADS] % heads.parts:
         _refuse(q, k, v)
     replicated = shared is not None and k.placements[shared] == Replicate()
-    # Of replicated keys `sharded_attention` sums the gradients itself.
+    # For replicated keys `sharded_attention` sums the gradients itself.
     local_q, local_k, local_v = q.to_local(), k.to_local(), v.to_local()
     q_freqs, k_freqs = (
         None if freqs is None else (freqs if freqs.shape[0] == 1 else freqs[batch.own()])[:, cut.own()]

@@ -74,7 +74,7 @@ def sum_gradients(k: Tensor, v: Tensor, table: ShardedTable) -> tuple[Tensor, Te
 
 def _started(k: Tensor, v: Tensor, table: ShardedTable) -> Tensor:
     packed = pack(k, v, table.sent[table.processes.rank], table.width)
-    # Nothing travels where nobody reads anything: as many rows, none, are there already.
+    # Where nobody reads anything nothing travels: the number of rows, 0, is already right.
     return gather(packed, table.processes, KEYS) if table.width else packed
 
 

@@ -21,7 +21,7 @@ def pack(k: Tensor, v: Tensor, ranges: Sequence[Slice], n_rows: int) -> Tensor:
         k_rows[:, place:stop].copy_(k[:, begin:end])
         v_rows[:, place:stop].copy_(v[:, begin:end])
         place = stop
-    # Nobody reads the padding, but what lies in memory must not be sent.
+    # Nobody reads the padding, but uninitialised memory must not be sent.
     packed[place:].zero_()
     return packed
 

@@ -99,7 +99,7 @@ class _Ring(torch.autograd.Function):
         table: ShardedTable = ctx.table
         processes, shape = table.processes, table.shape
         q, block, out, lse, q_freqs, key_mask = ctx.saved_tensors
-        # Every process goes round, also one whose result nobody used.
+        # Every process takes part in the ring, even one whose result nobody used.
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         need_q, need_q_freqs = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         wide = working_dtype(q.dtype)
@@ -127,7 +127,7 @@ class _Ring(torch.autograd.Function):
                 for rows, part in zip(unpack(sums, shape.k_width), parts, strict=True):
                     rows.add_(part)
             if processes.size > 1:
-                # After the last step the sums go home, one process on.
+                # After the last step the sums return to their process, the next one in the ring.
                 arriving = send_on(sums, table.n_sent((source - 1) % processes.size), processes, GRADIENTS)
             if incoming is not None:
                 block = wait(incoming, KEYS)
@@ -138,7 +138,7 @@ class _Ring(torch.autograd.Function):
 
 
 def _started(block: Tensor, table: ShardedTable, step: int, what: str) -> Tensor | None:
-    """Sends a block on, unless it has been everywhere. Computing with it goes on meanwhile."""
+    """Sends a block on, unless it has been everywhere. Meanwhile the process computes with it."""
     processes = table.processes
     if step == processes.size - 1:
         return None

@@ -32,7 +32,7 @@ def _guarded(module: Any, kv_cache: Any, call: Callable[..., Any], *arguments: A
 # A graph of sizes that change would hold symbols where processes agree, and each process would compile at times of its
 # own: what travels is no part of it.
 _outside_graph = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    _guarded, reason="modules whose tokens are spread run outside of the graph: compile without fullgraph=True"
+    _guarded, reason="modules whose tokens are spread run outside the graph: compile without fullgraph=True"
 )
 
 

@@ -41,7 +41,7 @@ class Sharding:
         try:
             return call()
         except Exception as error:
-            # With a cache there may be nothing to agree on, and nobody who waits.
+            # With a cache there may be nothing to agree on, and nobody waiting.
             if kv_cache is None and self.layouts.agreements == agreements:
                 self.layouts.fail(module, error)
             raise
@@ -118,7 +118,7 @@ def attend_sharded(
         dropout: Probability with which weights are dropped in this call.
 
     Raises:
-        ValueError: If the processes do not mean the same call, or weights shall be dropped in a ring.
+        ValueError: If the processes make different calls, or weights are to be dropped in a ring.
         ProcessError: If a process fails, has ended or does not answer in time.
     """
     if dropout > 0 and sharding.case == "ring":

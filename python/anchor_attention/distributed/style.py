@@ -34,11 +34,11 @@ class SequenceParallelAttention(ParallelStyle):
         gather_limit: Bytes.
         agree: When sizes are agreed on, by one small message. ``"pass"``: once for all layers between two calls of the
             same module, whose sizes must not change in between. ``"call"``: in every call. ``"once"``: sizes that a
-            process has seen before are not agreed on again, which you promise to be the same on all others as then.
+            process has seen before are not agreed on again: you guarantee that those of the others are as they were.
 
     Raises:
-        ValueError: If an argument is none of these; when it is applied, if the module holds no attention that can share
-            its keys, or the mesh has several dimensions.
+        ValueError: If an argument is invalid; when the style is applied, if the module holds no attention that can
+            share its keys, or the mesh has several dimensions.
     """
 
     def __init__(self, *, case: str | None = None, gather_limit: int = GATHER_LIMIT, agree: str = "pass") -> None:

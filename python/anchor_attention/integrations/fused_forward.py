@@ -95,13 +95,13 @@ class FusedForward(nn.Module):
         return heads
 
     def _are_plain(self, *names: str) -> bool:
-        """Whether the original may as well have called these layers, of which it reads only the weights."""
+        """Whether calling these layers is the same as reading their weights, which is all that the original does."""
         return all(is_plain_linear(getattr(self, name)) for name in names)
 
 
 @bounded_cache
 def fused_class(forward: type[FusedForward], original: type[nn.Module]) -> type[FusedForward]:
-    """Makes the subclass of ``original`` that goes forward as ``forward`` does. No check that it may."""
+    """Makes the subclass of ``original`` with the forward pass of ``forward``. Does not check that they match."""
     names = tuple(inspect.signature(original.forward).parameters)[1:]
 
     @functools.wraps(original.forward)

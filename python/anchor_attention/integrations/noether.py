@@ -45,7 +45,7 @@ class _Known(NamedTuple):
 
 _MIXED = (("x", "token_specs", "attention_patterns"), ("attention_mask", "key_padding_mask", "freqs", "kv_cache"))
 _PERCEIVER = (("q", "kv"), ("attn_mask", "q_freqs", "k_freqs", "kv_cache"))
-# A version whose class or arguments are others is left as it is.
+# A version with another class or other arguments is left as it is.
 _FORWARDS = {
     "DotProductAttention": _Known(DotProductForward, ("x",), ("attn_mask", "freqs")),
     "MixedAttention": _Known(MixedForward, *_MIXED),
@@ -107,24 +107,24 @@ class AccelerationReport:
 def accelerate(model: nn.Module, *, packages: Sequence[str] = PACKAGES, verify: bool = True) -> AccelerationReport:
     """Lets this package compute the attention of a model, in place.
 
-    Replaced are mixed attention (and with it self, cross and joint anchor attention and every subclass that creates
-    patterns of its own), plain dot-product attention and perceiver attention, with shared or per-domain projections. A
-    replaced module keeps its object, its parameters, its hooks and, as a base, its class. A call that the fused
-    operation can't do (a dense attention mask, dropout while training) is computed by the original ``forward``.
+    It replaces mixed attention (and with it self, cross and joint anchor attention and every subclass that creates its
+    own patterns), plain dot-product attention and perceiver attention, with shared or per-domain projections. A
+    replaced module stays the same object, with its parameters and hooks; its new class is a subclass of the old one. A
+    call that the fused operation can't do (a dense attention mask, dropout in training) runs the original ``forward``.
 
     Args:
         model: Any module; its submodules are searched.
-        packages: Top-level packages whose classes are taken for the known ones.
-        verify: Whether to run each module beside its original on small random inputs before it is replaced: balanced
-            and unbalanced groups, masks, caches, an absent branch, in the module's dtype and on its device. What
-            differs, or can't be run, is left as it is and reported. The model is not called for it; its parameters,
-            hooks and training mode and torch's random generators stay as they are.
+        packages: Top-level packages whose classes are treated as the known ones.
+        verify: Whether to compare each module with its original on small random inputs before it is replaced: balanced
+            and unbalanced groups, masks, caches, an absent branch, in the module's dtype and on its device. A module
+            that differs, or can't be run, is left as it is and reported. The model itself is not called; its
+            parameters, hooks and training mode and torch's random generators stay as they are.
 
     Returns:
         What was replaced and what was left, with the reason. ``print`` shows it as a table.
 
     Warns:
-        UserWarning: If nothing was replaced; the text says why.
+        UserWarning: If nothing was replaced; the message says why.
     """
     replaced: list[ReplacedModule] = []
     left: list[LeftModule] = []
@@ -180,7 +180,7 @@ def accelerated_class(original: type[nn.Module], *, packages: Sequence[str] = PA
 
     Args:
         original: The class of a known attention module, or a subclass that does not change how it attends.
-        packages: Top-level packages whose classes are taken for the known ones.
+        packages: Top-level packages whose classes are treated as the known ones.
 
     Raises:
         ValueError: If the class is not known, or changes what would be replaced.
@@ -235,7 +235,7 @@ def _check_instance(module: nn.Module) -> None:
         raise ValueError(f"it holds the parameters {', '.join(own)}, which the fused forward does not know")
     buffers = sorted(name for name, _ in module.named_buffers(recurse=False))
     if buffers:
-        # Equal results today say nothing about other values.
+        # Equal results with these values say nothing about others.
         raise ValueError(f"it holds the buffers {', '.join(buffers)}, which the fused forward does not know")
 
 
@@ -249,7 +249,7 @@ def _check_results(
         try:
             verdict = verification.difference(module, forward, branches)
         except verification.Unverifiable as error:
-            verdict = f"it could not be verified, {error}: verify=False replaces it unseen"
+            verdict = f"it could not be verified, {error}: verify=False replaces it without verification"
         if key is None:
             key = id(module)
         verdicts[key] = verdict

@@ -1,8 +1,8 @@
-"""Runs a stand-in beside its original on small random inputs that cover what the module can meet.
+"""Compares a stand-in with its original on small random inputs that cover the calls a module may get.
 
-Both run on a twin of the module that shares its layers' classes and settings, but holds no hooks of the user's and has
-buffers of its own; where all parameters are plain, the twin has random ones, so that attention is far from uniform even
-in a model that was just initialised. The module itself is never called, and nothing of it is changed.
+Both run on a twin of the module that has the same layer classes and settings, but none of the user's hooks, and its own
+buffers. Where all parameters are plain, the twin has random ones, so that attention is far from uniform even in a model
+that was just initialised. The module itself is never called, and no part of it is changed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def difference(module: nn.Module, forward: type[FusedForward], branches: Sequenc
     Args:
         module: The original.
         forward: The stand-in's class.
-        branches: Names of the branches that the module may meet, as far as they are known.
+        branches: Names of the branches that the module may get, as far as they are known.
 
     Returns:
         Where they differ and by how much, ``None`` if they agree.
@@ -51,7 +51,7 @@ def difference(module: nn.Module, forward: type[FusedForward], branches: Sequenc
         twin = _copied(module, device if plain else None)
         dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
         if plain and dtype in (torch.float16, torch.bfloat16):
-            # Half precision hides much of what may differ.
+            # Half precision would hide many differences.
             by = _difference(_copied(module, device).float(), forward, branches, device, torch.float32)
             if by is not None:
                 return by
@@ -85,7 +85,7 @@ def _difference(
         try:
             expected = _run(original, call)
         except Exception as error:
-            # Not every version can do everything: what the original refuses is nothing to compare with.
+            # Not every version supports everything: where the original refuses, there is nothing to compare with.
             errors.append(f"{type(error).__name__}: {error}")
             continue
         compared += 1
@@ -156,7 +156,7 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _has_plain_parameters(module: nn.Module) -> bool:
-    """Whether the module and its layers are their parameters and nothing besides, so that others can be put there."""
+    """Whether the module and its layers consist of plain parameters only, so that these can be replaced."""
     for part in module.modules():
         if "forward" in vars(part) or any(isinstance(value, Tensor) for value in vars(part).values()):
             return False
@@ -173,7 +173,7 @@ def _copied(module: nn.Module, device: torch.device | None) -> nn.Module:
     for name, value in vars(module).items():
         if name.endswith("_hooks") and isinstance(value, OrderedDict):
             twin.__dict__[name] = OrderedDict(
-                # Of a layer that is not plain: pruning and weight normalisation of old compute the weights in hooks.
+                # Of a layer that is not plain: pruning and the older weight normalisation compute the weights in hooks.
                 (key, hook)
                 for key, hook in value.items()
                 if device is None and type(hook).__module__.startswith("torch.nn.utils.")
@@ -217,14 +217,14 @@ def _run(module: nn.Module, call: Call) -> list[Tensor | None]:
 
 def _distance(expected: Sequence[Tensor | None], found: Sequence[Tensor | None]) -> str | None:
     if len(expected) != len(found):
-        return f"{len(found)} tensors in the place of {len(expected)}"
+        return f"{len(found)} tensors instead of {len(expected)}"
     for right, ours in zip(expected, found, strict=True):
         if right is None or ours is None:
             if right is not ours:
                 return "a gradient is missing"
             continue
         if right.shape != ours.shape or right.dtype != ours.dtype:
-            return f"{ours.dtype} of shape {tuple(ours.shape)} in the place of {right.dtype} {tuple(right.shape)}"
+            return f"{ours.dtype} of shape {tuple(ours.shape)} instead of {right.dtype} {tuple(right.shape)}"
         if not right.is_floating_point() or right.numel() == 0:
             continue
         tolerance = max(ROUNDINGS * torch.finfo(right.dtype).eps, RELATIVE_TOLERANCE)

@@ -1,4 +1,4 @@
-"""The small random calls on which a stand-in and its original are compared: what a module of noether can meet."""
+"""The small random calls on which a stand-in and its original are compared: those that a noether module may get."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def random_values(*shape: int) -> Tensor:
 
 
 def cases(module: nn.Module, branches: Sequence[str], device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
-    """What is compared. Each case runs once, in training or not: a module of millions of parameters takes its time."""
+    """What is compared. Each case runs once, in training or not: modules with millions of parameters are slow."""
     inputs = _Inputs(module, tuple(inspect.signature(type(module).forward).parameters), device, dtype)
     if "attention_patterns" in inputs.names:
         yield from _mixed_cases(inputs, branches)
@@ -154,7 +154,7 @@ def _mixed_cases(inputs: _Inputs, branches: Sequence[str]) -> Iterator[Case]:
 
 
 def branch_names(module: nn.Module, branches: Sequence[str]) -> list[str]:
-    """Two or more branches that the module may meet, those that are known first."""
+    """Two or more branches that the module may get, the known ones first."""
     domains = [branch.split("_")[0] for branch in branches]
     names = list(branches) if len(set(domains)) == len(domains) else []
     # As many as there are projections by domain, where there are such.

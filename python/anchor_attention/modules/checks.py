@@ -1,4 +1,4 @@
-"""Checks of the arguments that the modules get, with messages that name the argument and the way out."""
+"""Checks of the arguments that the modules get, with messages that name the argument and a remedy."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def check_inputs(
 def check_has_data(name: str, x: Tensor, layer: nn.Module) -> None:
     """Checks that an input has data if the weights of the layer that takes it have.
 
-    Weights without data are no fault: they may come when the layer is called.
+    Weights without data are no error: they may be loaded when the layer is called.
 
     Raises:
         ValueError: If ``x`` alone is on the meta device.
@@ -118,7 +118,7 @@ def check_patterns(attention_patterns: Any) -> Sequence[AttentionPattern]:
 def group_size(name: str, size: Any) -> int:
     """Returns a group's size as an ``int``, and a symbolic one as it is.
 
-    Equal numbers of other types are no sizes: what is remembered for 6 must not be made of 6.0.
+    Equal numbers of other types are refused: a plan that is cached for 6 must not have been made from 6.0.
 
     Raises:
         ValueError: If it is no integer.

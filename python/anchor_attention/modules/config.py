@@ -27,11 +27,11 @@ class AttentionConfig:
             ``"truncnormal002-identity"`` (the same, and a zero output projection), ``"torch"`` (what ``nn.Linear``
             does), ``"zeros"``.
         bias: Whether the projections have a bias.
-        qk_norm: ``True`` divides every head's queries and keys by their root mean square; ``"rms"`` multiplies them by
-            learnt weights besides, ``q_norm.weight`` and ``k_norm.weight``.
+        qk_norm: ``True`` divides every head's queries and keys by their root mean square; ``"rms"`` also multiplies
+            them by learnt weights, ``q_norm.weight`` and ``k_norm.weight``.
 
     Raises:
-        ValueError: If a field is out of its range.
+        ValueError: If a field is out of range.
     """
 
     hidden_dim: int
@@ -77,7 +77,7 @@ class MultiBranchAnchorAttentionConfig(AttentionConfig):
         anchor_suffix: The anchors of a branch are the group ``branch + anchor_suffix``.
 
     Raises:
-        ValueError: If there are too few branches, a name is empty or comes twice, or the suffix is empty.
+        ValueError: If there are too few branches, a name is empty or occurs twice, or the suffix is empty.
     """
 
     branches: tuple[str, ...]
@@ -144,7 +144,7 @@ class RopeFrequencyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PerceiverAttentionConfig(AttentionConfig):
-    """Configuration of :class:`PerceiverAttention`, which drops no weights.
+    """Configuration of :class:`PerceiverAttention`, which has no dropout.
 
     Args:
         kv_dim: Width of the tokens that are read; ``hidden_dim`` when ``None``.
@@ -173,11 +173,11 @@ class PerceiverAttentionConfig(AttentionConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LatentAttentionConfig(AttentionConfig):
-    """Configuration of :class:`LatentAttention`, which neither rotates nor drops weights.
+    """Configuration of :class:`LatentAttention`, which has neither rotation nor dropout.
 
     Args:
         num_latents: Number of latents of a set.
-        branches: Names of the branches; without any, all tokens are taken up by one set of latents.
+        branches: Names of the branches; without any, one set of latents reads all tokens.
         anchor_suffix: The anchors of a branch are the group ``branch + anchor_suffix``.
         per_branch: Whether each branch has a set of latents of its own.
         scale: Factor of the scores.
@@ -225,7 +225,7 @@ _OTHER_NAMES = {
 
 
 class _Default:
-    """Stands for a default in a signature, where it must be told from the same value given. Shown as the value."""
+    """A default in a signature that can be told apart from the same value passed by the caller. Shown as the value."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -235,7 +235,7 @@ class _Default:
 
 
 def default(value: T) -> T:
-    """Marks the default of a keyword that a config object gives in its place."""
+    """Marks the default of a keyword that a config object may give instead."""
     return cast(T, _Default(value))
 
 
@@ -320,7 +320,7 @@ def _check_suffix(anchor_suffix: Any) -> None:
 
 def _check_no_dropout(module: str, dropout: float) -> None:
     if dropout:
-        raise ValueError(f"{module} drops no weights, got dropout={dropout}")
+        raise ValueError(f"{module} has no dropout, got dropout={dropout}")
 
 
 def _check_two_branches(module: str, branches: tuple[str, ...]) -> None:

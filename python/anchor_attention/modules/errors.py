@@ -1,4 +1,4 @@
-"""What can be wrong with the token groups that a branch module gets."""
+"""Errors in the token groups that a branch module gets."""
 
 from __future__ import annotations
 

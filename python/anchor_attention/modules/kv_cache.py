@@ -18,7 +18,7 @@ def check_cache(kv_cache: Any) -> None:
     """Checks that this is a cache, and not an empty one.
 
     Raises:
-        ValueError: If it is no mapping, or holds nothing.
+        ValueError: If it is not a mapping, or is empty.
     """
     if not isinstance(kv_cache, Mapping):
         raise ValueError(f"kv_cache must be {{group: {{'k', 'v'}}}} or None, got {type(kv_cache).__name__}")
@@ -59,10 +59,10 @@ def cached_size(name: str, entry: CacheEntry, batch: int, heads: int, head_dim: 
 def append_cached(
     fresh: tuple[Tensor, Tensor] | None, fresh_mask: Tensor | None, entries: Mapping[str, CacheEntry], q: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Puts cached keys and values behind the fresh ones.
+    """Appends cached keys and values to the fresh ones.
 
     Args:
-        fresh: k and v, (B, tokens, H, D), or ``None`` if the cache is all there is.
+        fresh: k and v, (B, tokens, H, D), or ``None`` if everything comes from the cache.
         fresh_mask: (B, tokens) bool of the fresh keys, ``None`` where all are real.
         entries: Entries of the cache by name, at least one. A batch of one serves all samples.
         q: The queries (B, N, H, D) that will read them, to whose dtype cached keys and values are converted.
@@ -103,7 +103,7 @@ def _as_queries(name: str, cached: Tensor, q: Tensor) -> Tensor:
 
 
 def join_tokens(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenates (B, tokens, H, D) on axis 1, without a copy where the parts lie one behind the other in memory.
+    """Concatenates (B, tokens, H, D) on axis 1, without a copy where the parts lie one after the other in memory.
 
     The entries that one call made are such parts: read in every later call, they are never copied again.
     """

@@ -46,7 +46,7 @@ class LatentAttention(nn.Module):
         init_weights: How the projections are initialised, see :class:`AttentionConfig`.
         bias: Whether the projections have a bias.
         qk_norm: Whether latents and keys are normalised: ``False``, ``True``, or ``"rms"`` with learnt weights.
-        dim: Another name of ``hidden_dim``.
+        dim: Another name for ``hidden_dim``.
 
     Raises:
         TypeError: If a field is missing or unknown.
@@ -197,7 +197,7 @@ class LatentAttention(nn.Module):
 
 
 class _LatentPlan(NamedTuple):
-    encoded: Ranges  # the tokens of x that are taken up, one behind the other
+    encoded: Ranges  # the tokens of x that are taken up, one after the other
     encode: KeyRangeTable  # latents to those tokens
     decode: KeyRangeTable  # tokens of x to latents
 

@@ -21,8 +21,8 @@ class MultiBranchAnchorAttention(nn.Module):
     """Anchor attention of several branches that share one set of projections. Abstract.
 
     A token group belongs to the longest branch name that its name starts with; the anchors of a branch are the group
-    ``branch + anchor_suffix``. A subclass says who reads whom in ``_create_attention_patterns``, and may say in
-    ``_validate`` what the input must hold.
+    ``branch + anchor_suffix``. A subclass defines who reads whom in ``_create_attention_patterns``, and may define in
+    ``_validate`` what the input must contain.
 
     Args:
         config: A config of the class ``config_class`` or any object with its fields; or ``None`` and the fields as
@@ -36,7 +36,7 @@ class MultiBranchAnchorAttention(nn.Module):
         init_weights: How the projections are initialised, see :class:`AttentionConfig`.
         bias: Whether the projections have a bias.
         qk_norm: Whether queries and keys are normalised: ``False``, ``True``, or ``"rms"`` with learnt weights.
-        dim: Another name of ``hidden_dim``.
+        dim: Another name for ``hidden_dim``.
 
     Raises:
         TypeError: If a field is missing or unknown.

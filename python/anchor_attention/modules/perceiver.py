@@ -34,7 +34,7 @@ class PerceiverAttention(nn.Module):
         init_weights: How the projections are initialised, see :class:`AttentionConfig`.
         bias: Whether the projections have a bias.
         qk_norm: Whether queries and keys are normalised: ``False``, ``True``, or ``"rms"`` with learnt weights.
-        dim: Another name of ``hidden_dim``.
+        dim: Another name for ``hidden_dim``.
 
     Raises:
         TypeError: If a field is missing or unknown.

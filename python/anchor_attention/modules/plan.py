@@ -19,9 +19,9 @@ CACHED_CALLS = 256
 
 
 def bounded_cache(function: Callable[P, R]) -> Callable[P, R]:
-    """Remembers the results of the last calls of a pure function with hashable arguments.
+    """Caches the results of the latest calls of a pure function with hashable arguments.
 
-    Arguments that are equal must mean the same: numbers are ``int``, never ``float`` or of another library.
+    Arguments that are equal must mean the same: numbers are ``int``, never ``float`` or a type of another library.
 
     While ``torch.compile``, ``torch.export`` or another tracer run, sizes can be symbolic, and can't be looked up.
     """
@@ -45,7 +45,7 @@ class GroupSize(NamedTuple):
 class AttentionPlan(NamedTuple):
     """What a call with given sizes and patterns does.
 
-    The key axis holds the groups of x that are read, in the order of x, and behind them the cached ones.
+    The key axis holds the groups of x that are read, in the order of x, followed by the cached ones.
 
     Attributes:
         n_tokens: Tokens in x.

@@ -22,7 +22,7 @@ class RopeFrequency(nn.Module):
     Args:
         hidden_dim: Width of one attention head, even; or a config object with these fields.
         input_dim: Number of coordinates.
-        max_wavelength: Ratio of the fastest frequency, 1 radian per unit length, to where the slowest ones tend.
+        max_wavelength: Ratio of the fastest frequency, 1 radian per unit length, to the limit of the slowest ones.
         implementation: ``"complex"`` or, as a legacy form, ``"real"``.
 
     Raises:
@@ -69,7 +69,7 @@ class RopeFrequency(nn.Module):
         was_meta = self.omega.is_meta
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if was_meta and not self.omega.is_meta:
-            # Nothing was there to be moved.
+            # There were no values to move.
             self.reset_parameters()
         # Angles are frequency times coordinate: in half precision they would be off by radians for distant points.
         if self.omega.dtype not in (torch.float32, torch.float64):

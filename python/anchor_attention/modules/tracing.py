@@ -1,4 +1,4 @@
-"""Whether a call is recorded, so that addresses and sizes seen now say nothing about the calls that follow."""
+"""Whether a call is recorded, so that addresses and sizes seen now say nothing about later calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def is_traced() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._is_tracing()
-        # Private: neither torch.jit.trace nor make_fx nor a fake tensor mode nor vmap can be asked for publicly.
+        # Private: torch has no public way to detect torch.jit.trace, make_fx, a fake tensor mode or vmap.
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
     )

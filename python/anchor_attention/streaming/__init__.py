@@ -5,7 +5,7 @@ A model that has ``encode`` and ``decode``, however it holds its caches::
     cache = Cache(model.encode(anchors))
     stream(model.decode, cache, points, pressures, chunk_size=65536, checkpoint="run.json", progress=True)
 
-A model that knows nothing of caches, made of this package's modules::
+A model without caches of its own, made of this package's modules::
 
     with torch.no_grad(), record(model) as caches:
         model(anchors)

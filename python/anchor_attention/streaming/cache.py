@@ -1,4 +1,4 @@
-"""The keys and values of all layers of an encoding, as one object that can be stored, moved and weighed."""
+"""The keys and values of all layers of an encoding, as one object that can be stored, moved and measured."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ class Cache:
                 yield leaf
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cache:
-        """Returns the cache on a device, its floating-point tensors in a dtype. What fits already is not copied.
+        """Returns the cache on a device, its floating-point tensors in a dtype. Tensors that fit are not copied.
 
-        Keys and values of a layer whose groups fit together come to lie one behind the other, as a call reads them.
+        Keys and values of a layer whose groups fit together are stored one after the other, as a call reads them.
         """
 
         def convert(tensor: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _encoded(tree: Any) -> Any:
-    """The tree of plain classes alone, which can be read without running code of the file."""
+    """The tree in plain classes only, which can be read without running code from the file."""
     if isinstance(tree, Mapping):
         return {"dict": {str(key): _encoded(value) for key, value in tree.items()}}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
@@ -192,8 +192,8 @@ def _encoded(tree: Any) -> Any:
 
 
 def _decoded(node: Any) -> Any:
-    """The tree of what was encoded, each layer packed. What is decoded is taken out of the node: of a file larger than
-    half of the memory, only one layer may be there twice."""
+    """The tree that was encoded, each layer packed. Decoded parts are removed from the node: if the file is larger than
+    half of the memory, no more than one layer may exist twice."""
     kind = next(iter(node))
     content = node.pop(kind)
     if kind == "dict":
@@ -224,7 +224,7 @@ def _rebuilt(tree: Any, values: list[Any]) -> Any:
         items = dict(zip(tree, values, strict=True))
         if type(tree) is dict or not isinstance(tree, collections.abc.MutableMapping):
             return items
-        # What a subclass has beside its items (an order, a default) stays.
+        # What a subclass has in addition to its items (an order, a default) is kept.
         other = copy.copy(tree)
         other.update(items)
         return other
@@ -277,7 +277,7 @@ def _fits_together(entries: list[Mapping[str, Tensor]]) -> bool:
 
 
 def _packed(tree: Any) -> Any:
-    """Lays the groups of each layer one behind the other in memory, as the call that made them did.
+    """Lays the groups of each layer one after the other in memory, as the call that made them did.
 
     Then a call that reads several of them needs no copy; see ``modules.kv_cache``.
     """

@@ -33,8 +33,8 @@ class Progressed:
 class Checkpoint:
     """A small JSON file that names the rows that are written as a whole, and what they are made from.
 
-    It is replaced in one step and only after the outputs of a chunk are on disk, so that at any moment it speaks of
-    whole chunks alone.
+    It is replaced in one step and only after the outputs of a chunk are on disk, so that at any moment it describes
+    whole chunks only.
 
     Args:
         path: The file. It need not exist, but its folder must.
@@ -52,7 +52,7 @@ class Checkpoint:
         """Returns the rows that are done by branch, empty at the beginning.
 
         Raises:
-            ValueError: If the file is of a stream of another length, damaged, or no checkpoint.
+            ValueError: If the file belongs to a stream of another length, is damaged, or is no checkpoint.
         """
         return self.read_all(totals).rows
 
@@ -66,19 +66,19 @@ class Checkpoint:
             content = json.loads(text)
             rows, known = {str(k): int(v) for k, v in content["rows"].items()}, content["totals"]
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise ValueError(f"checkpoint {self.path} can't be read ({error!r}): delete it to begin anew") from None
+            raise ValueError(f"checkpoint {self.path} can't be read ({error!r}): delete it to start over") from None
         if known != (None if totals is None else dict(totals)):
-            raise ValueError(f"checkpoint {self.path} is of a stream of {known} rows, not of {totals}")
+            raise ValueError(f"checkpoint {self.path} belongs to a stream of {known} rows, not of {totals}")
         for name, n in rows.items():
             if n < 0 or (totals is not None and n > totals.get(name, -1)):
                 raise ValueError(
-                    f"checkpoint {self.path} says {rows} of {totals} rows are done: delete it to begin anew"
+                    f"checkpoint {self.path} says {rows} of {totals} rows are done: delete it to start over"
                 )
         checksum = content.pop("checksum", None)
         if checksum is None or checksum != _checksum(content) or text != _text(content):
             raise ValueError(
                 f"checkpoint {self.path} is damaged, or of an older version: it lacks its right checksum; delete it to "
-                "begin anew"
+                "start over"
             )
         return Progressed(**{key: content[key] for key in asdict(Progressed())})
 
@@ -97,15 +97,15 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
     def check(self, name: str, expected: object, found: object) -> None:
-        """Checks that a part of the run is what it was.
+        """Checks that a part of the run has not changed.
 
         Raises:
             ValueError: If it is not.
         """
         if expected != found:
             raise ValueError(
-                f"checkpoint {self.path} is of a run with other {name}: go on with what that run had, or delete the "
-                "file to begin anew"
+                f"checkpoint {self.path} belongs to a run with other {name}: continue with what that run had, or "
+                "delete the file to start over"
             )
 
 

@@ -73,8 +73,8 @@ def stream(
         memory_budget: Bytes that a call may take beyond weights, cache and queries: chooses the chunk size.
         device: Where to decode; that of the cache's first tensor if not given. On a GPU, copies of the next queries and
             of the last outputs overlap with the computation.
-        pad_last: Whether the last odd chunk is filled up to the size of the others, for a ``decode`` that would be
-            compiled anew for another size. What is computed for the padding is dropped.
+        pad_last: Whether a shorter last chunk is padded to the size of the others, for a ``decode`` that would be
+            compiled again for another size. What is computed for the padding is dropped.
         raise_on_nan: Whether a NaN in an output ends the run, before its chunk is written.
         checkpoint: A file that notes what is written. If it exists, the run continues after the last whole chunk; it
             is deleted at the end. An iterable must begin at its beginning again. The finished rows are read again,
@@ -88,9 +88,10 @@ def stream(
 
     Raises:
         ValueError: If arguments contradict each other, a shape does not fit, an output of a chunk is missing, or the
-            checkpoint is of another run. Arrays are checked before anything is decoded, outputs before any is written.
+            checkpoint belongs to another run. Arrays are checked before anything is decoded, outputs before any is
+            written.
         OSError: If a file that is mapped into memory has become shorter, or its disk lacks the space.
-        FloatingPointError: If ``raise_on_nan`` and an output holds a NaN; the text says in which row.
+        FloatingPointError: If ``raise_on_nan`` and an output holds a NaN; the message says in which row.
     """
     tree = cache.tree if isinstance(cache, Cache) else cache
     if isinstance(cache, (str, os.PathLike)):
@@ -105,7 +106,7 @@ def stream(
             branch_of_output(name, source.branches, branch_of)
     sink: ArraySink | CallbackSink
     if callable(outputs):
-        # What came through a pinned buffer will be written over.
+        # What came through a pinned buffer will be overwritten.
         sink = CallbackSink(outputs, source, copy=place.type == "cuda")
     else:
         sink = ArraySink(outputs, source, branch_of)
@@ -169,7 +170,7 @@ class _Run:
         self.hashes = ("", "")
 
     def go_on(self, note: Checkpoint, cache: str, weights: str) -> None:
-        """Takes over what an earlier run has done, if the checkpoint tells of one and everything is as it was."""
+        """Continues an earlier run, if the checkpoint describes one and nothing else has changed."""
         self.hashes = (cache, weights)
         earlier = note.read_all(self.source.totals)
         if not earlier.rows:
@@ -240,7 +241,7 @@ class _Run:
 class _Empty:
     """Gives branches without a row outputs without a row.
 
-    Their channels are learnt by a call with no rows, or, where a model can't take that, with one row of zeros.
+    The number of channels is found by a call with no rows, or, if the model can't take that, with one row of zeros.
     """
 
     call: Callable[[Tensors], Tensors]
@@ -265,7 +266,7 @@ class _Empty:
                 values = {name: value.cpu() for name, value in values.items()}
                 self.sink.make_empty(_own_rows(values, owners, Chunk(rows, queries)), owners)
                 return
-            except Exception as error:  # Whatever a model says to such a call.
+            except Exception as error:  # A model may raise anything on such a call.
                 failed = failed or error
         message = f"decode can't be called for the branches {branches}, which have no rows ({failed!r})"
         if len(branches) == len(self.source.branches):

@@ -1,4 +1,4 @@
-"""Outputs together with their derivatives by the coordinates of the queries."""
+"""Outputs together with their derivatives with respect to the coordinates of the queries."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Decode = Callable[[Any, Any], Any]
 
 @dataclass(frozen=True)
 class WithJacobian:
-    """A ``decode`` for :func:`stream` that returns first derivatives by coordinates beside the values.
+    """A ``decode`` for :func:`stream` that returns the values and their first derivatives with respect to coordinates.
 
     Every output becomes two: itself, and, under its name with ``"_jacobian"``, (B, n, C · d), the derivatives of its
-    first channel by all coordinates, then those of the second one, and so on. An output without a name is called
-    ``"values"`` then, its derivatives ``"jacobian"``. All d derivatives share one pass, exact, in place of 2 · d more
-    queries.
+    first channel with respect to all coordinates, then those of the second one, and so on. An output without a name is
+    then called ``"values"``, and its derivatives ``"jacobian"``. All d derivatives are exact and share one pass, where
+    finite differences would need 2 · d more queries.
 
     Args:
         decode: As :func:`stream` takes it. Outputs of a query depend on that query alone.

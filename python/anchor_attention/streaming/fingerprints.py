@@ -1,4 +1,4 @@
-"""Tells whether a run goes on with what an interrupted one began with: queries, cache, weights, and what it wrote."""
+"""Checks that a run continues with what an interrupted one began with: queries, cache, weights, and what it wrote."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def fingerprint(tree: Any) -> str:
 def weights_fingerprint(function: Any) -> str:
     """Hash of the parameters and buffers of the modules that a function reaches.
 
-    That is: it is one, is a method of one, or has one among its bound arguments, its closure, its attributes, or the
-    global names that it uses; so for functions that it uses, too.
+    A function reaches a module if it is one, is a method of one, or has one among its bound arguments, its closure, its
+    attributes, or the global names that it uses; the same holds for functions that it uses.
     """
     state = hashlib.sha256()
     for module in _modules(function, set()):

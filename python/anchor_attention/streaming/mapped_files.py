@@ -40,11 +40,11 @@ class MappedFile:
             raise OSError(errno.ENOENT, f"{self.name} maps a file that is gone", self.path) from None
         if size < self.end:
             raise OSError(
-                errno.EIO, f"{self.name} maps {self.end} bytes of a file that was cut to {size} bytes", self.path
+                errno.EIO, f"{self.name} maps {self.end} bytes of a file that was truncated to {size} bytes", self.path
             )
 
     def reserve(self) -> None:
-        """Has the file system set aside what the map may write.
+        """Has the file system reserve the space that the map may write to.
 
         Raises:
             OSError: If the disk is too full, or as for :meth:`check`.
@@ -64,7 +64,7 @@ class MappedFile:
         try:
             os.posix_fallocate(descriptor, self.begin, size)
         except OSError as error:
-            # Any other error is of a file system that can't reserve.
+            # Any other error means that the file system can't reserve space.
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise full from None
         finally:
@@ -74,7 +74,7 @@ class MappedFile:
 def mapped_file(name: str, array: Any) -> MappedFile | None:
     """The file behind a NumPy memory map, a view of one, or a tensor that torch has mapped; ``None`` if there is none.
 
-    A tensor that ``torch.from_numpy`` made of a memory map does not tell.
+    A tensor that ``torch.from_numpy`` made from a memory map hides its file.
     """
     if isinstance(array, Tensor):
         storage = array.untyped_storage() if array.device.type == "cpu" else None

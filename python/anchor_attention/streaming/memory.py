@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from .sources import ArraySource, whole_number
 
-# The memory of a call is linear in its queries; two sizes that are far enough apart tell the line.
+# The memory of a call is linear in its queries; two sizes that are far enough apart determine the line.
 PROBES = (128, 1024)
-# What no probe sees: allocator's rounding, workspaces of libraries, buffers of one tile per thread.
+# What no probe sees: rounding by the allocator, workspaces of libraries, buffers of one tile per thread.
 USABLE = 0.9
 ROUNDING = 64
 

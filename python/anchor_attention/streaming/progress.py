@@ -1,4 +1,4 @@
-"""How far a stream is, and how long it will take."""
+"""How far a stream has got, and how long it will take."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Progress:
     """State of a stream after a chunk.
 
     Args:
-        points: Points that are done, of all branches, those of earlier runs included.
+        points: Points that are done, of all branches, including those of earlier runs.
         total: Points in all, ``None`` if an iterator gives them.
-        new_points: Points that this run did.
+        new_points: Points that this run has done.
         seconds: Time that this run took so far.
     """
 

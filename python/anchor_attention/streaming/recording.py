@@ -1,4 +1,4 @@
-"""Caches of a model made of this package's modules, without a change to the model."""
+"""Caches for a model made of this package's modules, without changing the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..modules import MixedAttention, MultiBranchAnchorAttention
 from ..patterns import TokenSpec
 from .cache import Cache
 
-# Wrappers that put a name of their own before those of the model: compiled models, sharded ones, checkpointed layers.
+# Wrappers that prefix the model's names with one of their own: compiled models, sharded ones, checkpointed layers.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -22,12 +22,11 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def record(model: nn.Module) -> Iterator[dict[str, list[Any]]]:
     """Collects the caches of all attention modules that are called inside the ``with`` block.
 
-    The dictionary that it gives holds, by the name of the module, the cache of each call in order;
-    ``Cache(dictionary)`` can be saved and moved. What a call of the model that failed has left is dropped when the
-    model is called again.
+    The dictionary that it yields holds, by module name, the cache of each call in order; ``Cache(dictionary)`` can be
+    saved and moved. What a failed call of the model has left is dropped when the model is called again.
 
-    The block sees the calls of its own thread (its own task under asyncio) alone; in a generator, those that the
-    generator makes. A compiled model runs its attention modules outside of the graph inside the block.
+    The block sees only the calls of its own thread (its own task under asyncio); in a generator, those that the
+    generator makes. A compiled model runs its attention modules outside the graph inside the block.
 
     Args:
         model: Any module with mixed and branch attention modules of this package.
@@ -73,7 +72,7 @@ class _Attached(Interception):
 
     Attributes:
         names: The name of each module, by its identity.
-        mark: State at the beginning of the model's call, ``None`` outside of one.
+        mark: State at the beginning of the model's call, ``None`` outside one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -95,7 +94,7 @@ class _Attached(Interception):
         return id(module) in self.names
 
     def begin_pass(self) -> None:
-        """The model is called: what a call that never ended has done is undone."""
+        """Called when the model is: undoes what a call that never ended has done."""
         if self.mark is not None:
             self.restore(self.mark)
         self.mark = self.state()
@@ -164,7 +163,7 @@ class _Replay(_Attached):
 def _noted_passes(model: nn.Module, block: _Attached) -> Iterator[None]:
     """Tells the block where a call of the model begins and ends well.
 
-    These two hooks alone are on the module; in calls that don't belong to the block they do nothing.
+    Only these two hooks are on the module; in calls that don't belong to the block they do nothing.
     """
     if id(model) in block.names:
         yield

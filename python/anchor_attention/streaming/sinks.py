@@ -29,7 +29,7 @@ def branch_of_output(name: str, branches: list[str], given: Mapping[str, str] | 
         return branches[0]
     contained = [branch for branch in branches if branch in name]
     if not contained:
-        raise ValueError(f"output {name!r} is of none of the branches {branches}: say which in branch_of")
+        raise ValueError(f"output {name!r} belongs to none of the branches {branches}: name its branch in branch_of")
     return max(contained, key=len)
 
 
@@ -59,7 +59,7 @@ class CallbackSink:
         self.callback(handed, rows if self.source.named else rows[ONLY])
 
     def hash_rows(self, state: RowHash, name: str, begin: int, end: int) -> None:
-        """What the function did with them can't be looked at."""
+        """What the function did with them can't be checked."""
 
     def flush(self) -> None:
         """The function keeps what it needs."""

@@ -96,7 +96,7 @@ class ArraySource:
     Args:
         queries: One array, or arrays by branch.
         chunk_size: Rows of a chunk, of every branch or by branch.
-        pad_last: Whether the last chunk of a branch that had whole ones is filled up with copies of its last row.
+        pad_last: Whether a shorter last chunk of a branch that had whole ones is padded with copies of its last row.
 
     Raises:
         ValueError: If a shape or a chunk size does not fit.
@@ -179,7 +179,7 @@ class IteratorSource:
     """Takes chunks (n, F) or (B, n, F), or dictionaries of these by branch, as they come.
 
     Args:
-        queries: The chunks. To go on where an earlier run stopped, those that are done are taken and dropped.
+        queries: The chunks. To continue where an earlier run stopped, those that are done are read and dropped.
     """
 
     def __init__(self, queries: Iterable[Any]) -> None:

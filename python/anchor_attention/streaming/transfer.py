@@ -89,11 +89,11 @@ class _Copies:
         computing: Any = torch.cuda.current_stream(self.device)
         computing.wait_stream(self.upload_stream)
         for tensor in copies.values():
-            # Their memory is of the other stream's pool: not to be given out again before this stream is done with it.
+            # Their memory belongs to the other stream's pool: it must not be reused before this stream is done with it.
             tensor.record_stream(computing)
 
     def download(self, tensors: Tensors) -> tuple[Tensors, Any]:
-        """Begins to copy to the host behind what computes the tensors; returns the copies and the event of arrival."""
+        """Begins to copy to the host after the tensors are computed; returns the copies and the event of arrival."""
         turn = self.n_downloads % 2
         self.n_downloads += 1
         computing: Any = torch.cuda.current_stream(self.device)
