@@ -307,7 +307,7 @@ def test_a_killed_process_is_resumed(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_stream_is_refused(tmp_path: Path) -> None:
     note = tmp_path / "note.json"
     note.write_text('{"rows": {"": 10}, "totals": {"": 30}}')
-    with pytest.raises(ValueError, match=r"of a stream of \{'': 30\} rows, not of \{'': 40\}"):
+    with pytest.raises(ValueError, match=r"to a stream of \{'': 30\} rows, not of \{'': 40\}"):
         stream(double, None, torch.randn(40, 3), torch.empty(40, 4), checkpoint=note)
     note.write_text("half a no")
     with pytest.raises(ValueError, match="can't be read"):
