@@ -139,10 +139,10 @@ def test_parameters_of_every_type() -> None:
     .target sm_80
     .address_size 64
     .visible .entry program(.param .u64 out, .param .f32 f, .param .s32 s, .param .align 16 .b8 pair[16],
-                            .param .align 8 .b8 words[8])
+                            .param .align 8 .b8 words[8], .param .align 16 .b8 four[16])
     {
     .reg .b64 %rd<8>;
-    .reg .b32 %r<4>;
+    .reg .b32 %r<8>;
     .reg .f32 %f1;
     ld.param.u64 %rd0, [out];
     cvta.to.global.u64 %rd1, %rd0;
@@ -156,16 +156,23 @@ def test_parameters_of_every_type() -> None:
     ld.param.v2.u32 {%r1, %r2}, [words];
     st.global.u32 [%rd1+32], %r1;
     st.global.u32 [%rd1+36], %r2;
+    ld.param.v4.u32 {%r3, %r4, %r5, %r6}, [four];
+    st.global.u32 [%rd1+40], %r3;
+    st.global.u32 [%rd1+44], %r4;
+    st.global.u32 [%rd1+48], %r5;
+    st.global.u32 [%rd1+52], %r6;
     ret;
     }
     """
-    out, memory = np.zeros(5, np.int64), Memory()
+    out, memory = np.zeros(7, np.int64), Memory()
     pair, halves = np.array([2**63 - 5, 17], np.int64), np.array([3, 2**31 - 1], np.int32)
+    four = np.array([4, -1, 9, 11], np.int32)
     values = [memory.register(out, "out", writable=True), 1.5, -5, pair.tobytes(), halves.tobytes()]
+    values.append(four.tobytes())
     Module.from_ptx(text).launch("program", 1, 1, 0, values, memory)
     assert out[0] == np.float32(1.5).view(np.uint32) and out[1] == -5
     np.testing.assert_array_equal(out[2:4], pair)
-    np.testing.assert_array_equal(out[4:].view(np.int32), halves)
+    np.testing.assert_array_equal(out[4:].view(np.int32), [*halves, *four])
 
 
 @devices
