@@ -1,4 +1,4 @@
-"""One picture per case: pressure along the body, and speed around it as predicted, as solved, and the difference."""
+"""Pictures of a case: pressure along the body and speed around it, predicted and solved; fields that should be zero."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 N_BANDS = 48
+SMALLEST_POWER, LARGEST_POWER = -8, 2
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,12 @@ def draw(picture: FlowPicture, path: Path) -> None:
         np.linspace(*picture.grid[0, (0, -1), 0].tolist(), picture.grid.shape[1]),
         np.linspace(*picture.grid[(0, -1), 0, 1].tolist(), picture.grid.shape[0]),
     )
+    place = picture.nodes, picture.grid
     for axes, values, velocity, name in (
         (predicted_axes, speed, picture.velocity, "speed, predicted"),
         (exact_axes, exact_speed, picture.exact_velocity, "speed, panel solver"),
     ):
-        mesh = _draw_field(axes, picture, values, "turbo", low, high)
+        mesh = _draw_field(axes, *place, values, "turbo", low, high)
         axes.streamplot(
             *coordinates,
             velocity[..., 0],
@@ -77,9 +80,44 @@ def draw(picture: FlowPicture, path: Path) -> None:
     predicted_axes.plot(*picture.anchors.T, ".", color="black", markersize=1.5, alpha=0.6)
 
     error = 100 * np.linalg.norm(picture.velocity - picture.exact_velocity, axis=2)
-    mesh = _draw_field(error_axes, picture, error, "magma", 0.0, float(np.nanquantile(error, 0.997)))
+    mesh = _draw_field(error_axes, *place, error, "magma", 0.0, float(np.nanquantile(error, 0.997)))
     error_axes.set_title("velocity error", fontsize=11)
     figure.colorbar(mesh, ax=error_axes, extend="max", label=r"$|\Delta u| / u_\infty$ in %")
+    _save(figure, path)
+
+
+def draw_magnitudes(
+    title: str,
+    nodes: NDArray[np.floating],
+    grid: NDArray[np.floating],
+    fields: dict[str, dict[str, NDArray[np.floating]]],
+    path: Path,
+) -> None:
+    """Draws the powers of ten of fields that should be zero.
+
+    Args:
+        title: Heading.
+        nodes: (N, 2) contour in chords.
+        grid: (ny, nx, 2) positions in chords.
+        fields: By quantity, a row of the picture, and by model, a column: (ny, nx), NaN inside the body.
+        path: PNG file.
+    """
+    n_columns = len(next(iter(fields.values())))
+    figure, rows = plt.subplots(
+        len(fields), n_columns, figsize=(4.2 * n_columns, 3.1 * len(fields)), layout="constrained", squeeze=False
+    )
+    figure.suptitle(title, fontsize=13)
+    for row, (quantity, models) in zip(rows, fields.items(), strict=True):
+        for axes, (name, values) in zip(row, models.items(), strict=True):
+            powers = np.log10(np.maximum(np.abs(values), 10.0**SMALLEST_POWER))
+            mesh = _draw_field(axes, nodes, grid, powers, "viridis", SMALLEST_POWER, LARGEST_POWER)
+            rms = np.sqrt(np.nanmean(np.square(values.astype(np.float64))))
+            axes.set_title(f"{quantity}: {name}\nroot mean square {rms:.1e}", fontsize=10)
+        figure.colorbar(mesh, ax=row, extend="both", label="power of ten")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
@@ -106,13 +144,19 @@ def _draw_pressure(axes: Axes, picture: FlowPicture) -> None:
 
 
 def _draw_field(
-    axes: Axes, picture: FlowPicture, values: NDArray[np.floating], colours: str, low: float, high: float
+    axes: Axes,
+    nodes: NDArray[np.floating],
+    grid: NDArray[np.floating],
+    values: NDArray[np.floating],
+    colours: str,
+    low: float,
+    high: float,
 ) -> matplotlib.image.AxesImage:
-    extent = (picture.grid[0, 0, 0], picture.grid[0, -1, 0], picture.grid[0, 0, 1], picture.grid[-1, 0, 1])
+    extent = (grid[0, 0, 0], grid[0, -1, 0], grid[0, 0, 1], grid[-1, 0, 1])
     # Bands of colour read like contour lines and keep the file small.
     bands = matplotlib.colormaps[colours].resampled(N_BANDS)
     image = axes.imshow(values, origin="lower", extent=extent, cmap=bands, vmin=low, vmax=high, interpolation="nearest")
-    axes.fill(*picture.nodes.T, facecolor="0.85", edgecolor="black", linewidth=0.8, zorder=3)
+    axes.fill(*nodes.T, facecolor="0.85", edgecolor="black", linewidth=0.8, zorder=3)
     axes.set_xlim(extent[:2])
     axes.set_ylim(extent[2:])
     axes.set_xlabel("x / chord")

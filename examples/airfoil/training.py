@@ -10,7 +10,7 @@ from pathlib import Path
 import dataset
 import torch
 from dataset import Cases, Shapes
-from model import AirfoilModel, ModelConfig, flow_condition
+from model import ModelConfig, flow_condition, make_model
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -81,7 +81,7 @@ def predict_errors(model: training.BranchedModel, cases: Cases, config: Training
 
 
 class Trainer(training.Trainer):
-    """The training of an :class:`AirfoilModel`.
+    """The training of an airfoil model.
 
     Args:
         shapes: Shapes to train on.
@@ -94,7 +94,7 @@ class Trainer(training.Trainer):
         self, shapes: Shapes, model_config: ModelConfig, config: TrainingConfig, checkpoint: Path | None = None
     ) -> None:
         torch.manual_seed(config.seed)
-        super().__init__(AirfoilModel(model_config), len(shapes), config, checkpoint)
+        super().__init__(make_model(model_config), len(shapes), config, checkpoint)
         self.shapes, self.cases_config = shapes, config
 
     def batch_errors(self, step: int) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Writes the results section of README.md from ``results/*/metrics.json``: no figure is typed by hand."""
+"""Writes the results of README.md from the files in ``results``: no figure is typed by hand."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ RUNS = {
     "full": "`run.py --full --steps 4500 --threads 1`",
 }
 HEADING = "## Results\n"
+# What stands between the two lines is the table of run_derivatives.py.
+TABLE_BEGINS, TABLE_ENDS = "<!-- derivatives.md -->\n", "<!-- end of derivatives.md -->\n"
 BASELINES = {
     "nearest_shape": "nearest training shape",
     "training_mean": "training mean",
@@ -64,7 +66,10 @@ def results_section(metrics: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     readme = HERE / "README.md"
     metrics = {mode: json.loads((HERE / "results" / mode / "metrics.json").read_text()) for mode in RUNS}
-    readme.write_text(readme.read_text().split(HEADING)[0] + results_section(metrics))
+    introduction = readme.read_text().split(HEADING)[0]
+    before, after = introduction.split(TABLE_BEGINS)[0], introduction.split(TABLE_ENDS)[1]
+    table = (HERE / "results" / "derivatives" / "derivatives.md").read_text()
+    readme.write_text(before + TABLE_BEGINS + table + TABLE_ENDS + after + results_section(metrics))
 
 
 if __name__ == "__main__":

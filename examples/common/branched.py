@@ -241,12 +241,18 @@ class BranchedModel(nn.Module):
         """
         return self._run(_anchor_groups(geometry, anchors, queries), condition, caches=None, return_caches=False)[0]
 
+    def predict_and_encode(
+        self, geometry: Tensor, anchors: Mapping[str, Tensor], queries: Mapping[str, Tensor], condition: Tensor
+    ) -> tuple[dict[str, Tensor], list[KVCache]]:
+        """What :meth:`forward` returns, and the keys and values of every block, for :meth:`decode`; one pass."""
+        return self._run(_anchor_groups(geometry, anchors, queries), condition, caches=None, return_caches=True)
+
     def encode(self, geometry: Tensor, anchors: Mapping[str, Tensor], condition: Tensor) -> list[KVCache]:
         """Runs geometry and anchors once and returns the keys and values of every block, for :meth:`decode`.
 
         Arguments as for :meth:`forward`.
         """
-        return self._run(_anchor_groups(geometry, anchors, {}), condition, caches=None, return_caches=True)[1]
+        return BranchedModel.predict_and_encode(self, geometry, anchors, {}, condition)[1]
 
     def decode(self, queries: Mapping[str, Tensor], condition: Tensor, caches: list[KVCache]) -> dict[str, Tensor]:
         """Predicts at query points against the anchors of an encoding: what the one pass would give.

@@ -29,7 +29,7 @@ import make_dataset  # noqa: E402
 import panel_flow  # noqa: E402
 import run  # noqa: E402
 import update_readme  # noqa: E402
-from model import BRANCHES, AirfoilModel, ModelConfig, flow_condition  # noqa: E402
+from model import BRANCHES, AirfoilModel, ModelConfig, flow_condition, make_model  # noqa: E402
 from training import Trainer, TrainingConfig, random_cases  # noqa: E402
 
 TINY = ModelConfig(dim=32, num_heads=2, blocks="scj")
@@ -71,7 +71,7 @@ def wall_normals(nodes: np.ndarray) -> np.ndarray:
 
 def random_model(config: ModelConfig = TINY) -> AirfoilModel:
     torch.manual_seed(0)
-    model = AirfoilModel(config).eval()
+    model = make_model(config).eval()
     for parameter in model.parameters():
         # Zero-initialised heads and modulations would hide differences.
         torch.nn.init.normal_(parameter, std=0.15)
