@@ -15,7 +15,7 @@ CALL_ROPE = "answer = host.call_rope().decode()"
 ROPE_LAUNCHES = "answer = [host.call_rope().decode(), *launches()]"
 
 
-def launched(capability: tuple[int, int] = (9, 0), call: str = "attention(2, 1024, 1024, 3, 64)", **how: Any) -> str:
+def launched(capability: tuple[int, int] = (9, 0), call: str = "attention(2, 8192, 1024, 3, 64)", **how: Any) -> str:
     """Names of the kernels of a call, each without its type."""
     answer = run(f"failed = {call}\nanswer = [failed, *launches()]", capability=capability, **how)
     assert isinstance(answer[0], float), answer[0]
@@ -104,8 +104,8 @@ def test_the_first_call_may_be_part_of_a_capture() -> None:
 def test_what_a_call_finds_out_is_kept_for_the_next() -> None:
     """Images, attributes of kernels and tensor maps of the same memory."""
     counts = "[driver.loaded_images(), driver.attributes_set(), driver.encoded_maps()]"
-    call = "attention(2, 1024, 1024, 3, 64)"
-    code = f"answer = [{call}, {counts}, {call}, {counts}, attention(2, 512, 1024, 3, 64), {counts}]"
+    call = "attention(2, 8192, 1024, 3, 64)"
+    code = f"answer = [{call}, {counts}, {call}, {counts}, attention(2, 4096, 1024, 3, 64), {counts}]"
     _, first, _, second, _, other = run(code)
     assert first == second == [1, 1, 3]
     assert other[:2] == first[:2] and other[2] == 4  # the outputs are fewer; keys and values are those
@@ -122,3 +122,11 @@ def test_long_tables_are_uploaded_before_they_are_read() -> None:
     kernels = launched(call="attention(3000, 8, 64, 2, 64)").split()
     assert all("upload" in kernel for kernel in kernels[:-1]) and len(kernels) > 1
     assert "attention_forward" in kernels[-1]
+
+
+def test_few_queries_of_many_keys_are_two_launches() -> None:
+    kernels = launched(call="attention(1, 64, 50000, 3, 64)").split()
+    assert [kernel[len("_ZN16anchor_attention4") :] for kernel in kernels] == [
+        "sm9017attention_forward",
+        "cuda15attention_merge",
+    ]

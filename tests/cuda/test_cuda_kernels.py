@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tools.cuda_plans.build import ptx_file
 from tools.cuda_plans.run import Array, Table, from_storage, to_storage, unit_roundoff
 from tools.cuda_resources import RESULTS, counted
 
-from tests.cuda.kernel_cases import make_case, make_freqs, nan_storage
+from tests.cuda.kernel_cases import Case, make_case, make_freqs, nan_storage
 from tests.cuda.kernel_reference import Arithmetic, Bounded, rope_gradients, rotate
 
 pytestmark = [pytest.mark.emulator, pytest.mark.needs_nvcc]
@@ -271,6 +272,55 @@ def test_few_keys_are_split_over_queries(dtype: str, head_dim: int) -> None:
     assert min(grids) > n_tiles
     for name in case.wanted:
         np.testing.assert_array_equal(runs[0][name], runs[1][name], err_msg=name)
+
+
+def launched(case: Case) -> set[str]:
+    """Kinds of kernels of a case."""
+    return {re.sub(r"_(bfloat16|float16|tf32x3|tf32).*", "", name) for name, _, _ in case.run.launches}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allow_tf32", "generation", "head_dim", "value_dim"),
+    [
+        *((*kernel, 64, 64) for kernel in KERNELS),
+        ("bfloat16", False, "sm80", 48, 40),
+        ("bfloat16", False, "sm80", 32, 136),
+        ("float16", False, "sm90", 48, 40),
+        ("float16", False, "sm90", 72, 128),
+    ],
+)
+def test_few_queries_are_split_over_keys(
+    dtype: str, allow_tf32: bool, generation: str, head_dim: int, value_dim: int
+) -> None:
+    """Splits begin within ranges; of one group there are several, of another none; some rows have no keys."""
+    table: Table = [((0, 90), [(5, 700), (710, 1300), (710, 1300)]), ((95, 97), [(0, 40)]), ((97, 99), [])]
+    case = make_case(dtype, n_queries=101, n_keys=1310, heads=2, kv_heads=1, head_dim=head_dim, value_dim=value_dim,
+                     freqs_batch=1, keep=0.7, table=table, generation=generation)  # fmt: skip
+    case.allow_tf32 = allow_tf32
+    first = case.check_forward()
+    assert "merge" in launched(case)
+    case.run = KernelRun(seed=1, concurrent_blocks=5, generation=generation)
+    for again, before in zip(case.forward(), first, strict=True):
+        np.testing.assert_array_equal(again, before)
+
+
+@pytest.mark.parametrize(("dtype", "generation"), KINDS)
+def test_splits_without_a_key_weigh_nothing(dtype: str, generation: str) -> None:
+    """Masks that leave all, some and none of the splits without a key; scores whose exponentials overflow."""
+    case = make_case(dtype, batch=3, n_queries=40, n_keys=1600, table=[((0, 40), [(0, 1600)])], generation=generation)
+    case.key_mask = np.ones((3, 1600), bool)
+    case.key_mask[1] = False
+    case.key_mask[2, :1100] = case.key_mask[2, 1300:] = False
+    case.k = to_storage(from_storage(case.k, dtype) * np.linspace(1, 40, 1600)[None, :, None, None], dtype)
+    out, lse = case.check_forward()
+    assert "merge" in launched(case)
+    assert np.isneginf(lse[1]).all() and not out[1].any()
+    case.q = case.q.copy()
+    case.q[:, 7, 0, 3] = nan_storage(dtype)
+    poisoned, _ = case.forward()
+    others = np.arange(40) != 7
+    np.testing.assert_array_equal(poisoned[:, others], out[:, others])
+    assert np.isnan(from_storage(poisoned, dtype)[[0, 2], 7]).all()
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

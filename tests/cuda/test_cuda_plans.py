@@ -91,16 +91,18 @@ def test_items_cover_every_query_once_with_its_ranges(seed: int) -> None:
     plan = plans().plan_attention_forward(fields | {"workspace": _ALIGNED}) if plan.workspace_bytes else plan
     launch = launch_named(plan, "forward")
     groups, ranges, n_items, n_accumulators = schedule_of(plan, launch)
-    assert launch.grid == 3 * 2 * n_items and n_accumulators == 0
+    assert launch.grid == 3 * 2 * n_items
     read = np.zeros((n_queries, n_keys), np.int64)
     written = np.zeros(n_queries, np.int64)
     for group, following in pairwise(groups):
-        first_item, begin, end, first_range, n_splits, _ = group
-        assert n_splits == 1 and following[0] - first_item == -(-(end - begin) // 128)
+        first_item, begin, end, first_range, n_splits, first_accumulator = group
+        tiles = -(-(end - begin) // 128)
+        assert following[0] - first_item == tiles * n_splits
+        assert following[5] - first_accumulator == (tiles * n_splits if n_splits > 1 else 0)
         written[begin:end] += 1
         for k_begin, k_end in ranges[first_range : following[3]]:
             read[begin:end, k_begin:k_end] += 1
-    assert (written == 1).all()
+    assert (written == 1).all() and n_accumulators == groups[-1][5]
     expected = np.zeros_like(read)
     for (begin, end), keys in table:
         for k_begin, k_end in keys:
@@ -134,6 +136,46 @@ def test_few_keys_fill_the_device(n_queries: int, n_keys: int, heads: int) -> No
     assert n_accumulators == n_tiles and n_items == n_tiles * n_splits
     assert n_splits**2 <= column_tiles
     assert launch.grid >= 2 * multiprocessors or (n_splits + 1) ** 2 > column_tiles or column_tiles / n_splits <= 9
+
+
+@pytest.mark.parametrize("generation", ["sm80", "sm90"])
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 8, 12, 16, 40])
+def test_few_queries_of_many_keys_fill_the_device(generation: str, heads: int) -> None:
+    """64 queries × 10⁶ keys: at least nine tenths of what the multiprocessors could do until the last block ends."""
+    multiprocessors, n_keys = 132, 1_000_000
+    columns = 64 if generation == "sm80" else 128
+    fields = make_fields([((0, 64), [(0, n_keys)])], n_queries=64, n_keys=n_keys, heads=heads, generation=generation,
+                         multiprocessors=multiprocessors, workspace=_ALIGNED)  # fmt: skip
+    plan = plans().plan_attention_forward(with_strides(fields))
+    forward, merge = plan.launches
+    assert forward.name == ("sm90_" if generation == "sm90" else "") + "forward_bfloat16_64"
+    groups, _, n_items, n_accumulators = schedule_of(plan, merge)
+    n_splits, tiles = groups[0][4], -(-n_keys // columns)
+    assert n_items == n_splits == n_accumulators and merge.grid == heads * n_items
+    assert forward.grid == (heads * n_items if generation == "sm80" else min(heads * n_items, multiprocessors))
+    waves, longest = -(-heads * n_items // multiprocessors), -(-tiles // n_splits)
+    assert heads * tiles >= 0.9 * multiprocessors * waves * longest
+    # Partial results of four waves of two blocks for each multiprocessor, whatever the number of keys.
+    assert plan.workspace_bytes <= 4 * 2 * multiprocessors * 192 * (64 + 2) * 4 + 512
+
+
+@pytest.mark.parametrize("generation", ["sm80", "sm90"])
+def test_one_group_of_many_keys_among_short_ones_is_split(generation: str) -> None:
+    table = [((0, 64), [(0, 500_000)]), *(((64 * i, 64 * i + 64), [(0, 1000)]) for i in range(1, 300))]
+    fields = make_fields(table, n_queries=64 * 300, n_keys=500_000, generation=generation, workspace=_ALIGNED)
+    plan = plans().plan_attention_forward(with_strides(fields))
+    groups, _, _, n_accumulators = schedule_of(plan, launch_named(plan, "merge"))
+    splits = {(begin, end): n_splits for _, begin, end, _, n_splits, _ in groups[:-1]}
+    assert splits.pop((0, 64)) == n_accumulators > 30
+    assert set(splits.values()) == {1}
+
+
+@pytest.mark.parametrize("generation", ["sm80", "sm90"])
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(132 * 2 * 192, 100_000), (64, 400), (64, 0)])
+def test_keys_are_not_split_without_need(generation: str, n_queries: int, n_keys: int) -> None:
+    fields = make_fields([((0, n_queries), [(0, n_keys)])], n_queries=n_queries, n_keys=n_keys, generation=generation)
+    (launch,) = plans().plan_attention_forward(with_strides(fields)).launches
+    assert "forward" in launch.name
 
 
 def test_many_keys_are_not_split() -> None:

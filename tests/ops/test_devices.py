@@ -109,6 +109,15 @@ def test_grouped_heads_and_values_of_another_size(
     assert_right(device, make(dtype, head_dim, heads=heads, kv_heads=kv_heads, value_dim=value_dim))
 
 
+@pytest.mark.parametrize(("device", "dtype"), DEVICES_AND_DTYPES, ids=str, indirect=["device"])
+def test_few_queries_of_many_keys(device: Device, dtype: torch.dtype) -> None:
+    """Keys are shared out among threads or blocks, whose results are put together in one order."""
+    inputs = make(dtype, n_keys=1500, heads=2, kv_heads=1, value_dim=32)
+    assert_right(device, inputs)
+    first, again = (fused(on(device.memory, inputs)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("device", NARROW_DEVICES, indirect=True)
 def test_strides_are_read_in_place(device: Device, layout: str) -> None:

@@ -50,7 +50,7 @@ def device_code_table(directory: Path) -> str:
     stems = []
     precisions = (("bfloat16", "8Bfloat16"), ("float16", "7Float16"), ("float32", "4Tf32"))
     for name, mangled in precisions:
-        kernels = ("24attention_row_statistics", "4rope", "19rope_freqs_gradient")
+        kernels = ("15attention_merge", "24attention_row_statistics", "4rope", "19rope_freqs_gradient")
         stems.append((f"elementwise_{name}", "cuda", [f"{kernel}IN{mangled}EEv" for kernel in kernels]))
     for name, mangled in precisions[:2]:
         for size in (32, 48, 64, 96, 128):

@@ -21,11 +21,12 @@ Table = Sequence[tuple[tuple[int, int], Sequence[tuple[int, int]]]]
 
 _NAME = re.compile(
     r"(?P<generation>sm90_)?"
-    r"(?P<kind>forward|backward_query|backward_key|backward|row_statistics|query_gradient|rope_freqs|rope|upload)"
+    r"(?P<kind>forward|merge|backward_query|backward_key|backward|row_statistics|query_gradient|rope_freqs|rope|upload)"
     r"(?:_(?P<precision>bfloat16|float16|tf32x3|tf32))?(?:_(?P<head_dim>\d+))?(?:_(?P<gradients>key|value))?$"
 )
 _ENTRIES = {
     "forward": "attention_forward",
+    "merge": "attention_merge",
     "backward_query": "attention_backward_query",
     "row_statistics": "attention_row_statistics",
     "rope": "cuda4rope",

@@ -22,6 +22,8 @@ constexpr uint32_t kFullWarp = 0xffffffffu;
 // Of the memory-bound kernels; the row statistics share a row among eight threads, 128 bytes a load.
 constexpr int kElementwiseThreads = 256;
 constexpr int kThreadsPerRow = 8;
+// Of the merging of partial results, a warp per row.
+constexpr int kMergeThreads = 128;
 
 inline constexpr std::array<int, 6> kHeadDims = {32, 48, 64, 96, 128, 256};
 

@@ -40,6 +40,24 @@ struct ScheduleView {
   int32_t inline_words[kInlineWords];
 };
 
+// What the items of a tile leave that share its keys, each in an accumulator of its own.
+struct PartialResults {
+  float* out;         // [batch · heads, n_accumulators, rows of a tile, value_dim]: not yet divided by the sum
+  float* statistics;  // [batch · heads, n_accumulators, rows of a tile, 2]: maximum in base 2 (−inf: no key), sum
+};
+
+// Partial results → out and lse, in the order of the splits. Its blocks are those of the forward.
+struct MergeKernelParams {
+  PartialResults partial;
+  void* out;   // [batch, n_queries, heads, value_dim]
+  float* lse;  // [batch, heads, n_queries]
+  int32_t n_queries;
+  int32_t heads;
+  int32_t value_dim;
+  int32_t rows;  // of a tile
+  ScheduleView schedule;
+};
+
 // delta = Σ out · grad_out − grad_lse per row, lse in base 2; zeroes the counters of the key pass on the way.
 struct StatisticsKernelParams {
   TensorView out;

@@ -23,6 +23,7 @@ Generation generation_of(int major, const char* pinned);
 
 enum class KernelKind : int32_t {
   forward,
+  merge,     // of the forward's partial results
   backward,  // of sm90: all gradients in one pass
   backward_query,
   backward_key,

@@ -8,9 +8,9 @@
 namespace anchor_attention::cuda {
 
 std::string KernelId::name() const {
-  static constexpr const char* kKinds[] = {"forward",      "backward",       "backward_query",
-                                           "backward_key", "row_statistics", "query_gradient",
-                                           "rope",         "rope_freqs",     "upload"};
+  static constexpr const char* kKinds[] = {"forward",      "merge",          "backward",       "backward_query",
+                                           "backward_key", "row_statistics", "query_gradient", "rope",
+                                           "rope_freqs",   "upload"};
   static constexpr const char* kPrecisions[] = {"bfloat16", "float16", "tf32", "tf32x3"};
   static constexpr const char* kGradients[] = {"", "_key", "_value"};
   std::string text = generation == Generation::sm90 ? "sm90_" : "";
@@ -131,6 +131,29 @@ void check_sizes(const AttentionParams& params) {
       throw std::invalid_argument("sizes must be below 2^31, got " + std::to_string(size));
     }
   }
+}
+
+PartialResults take_partial_results(const AttentionParams& params, const Schedule& schedule, int rows,
+                                    Workspace& workspace) {
+  const int64_t n_rows = params.batch * params.heads * schedule.n_accumulators * rows;
+  if (n_rows == 0) return {};
+  return {workspace.take<float>(n_rows * params.value_dim), workspace.take<float>(2 * n_rows)};
+}
+
+void add_merge(Plan& plan, const AttentionParams& params, const ScheduleView& schedule, const PartialResults& partial,
+               int rows) {
+  if (schedule.n_accumulators == 0) return;
+  MergeKernelParams merge{};
+  merge.partial = partial;
+  merge.out = params.out;
+  merge.lse = static_cast<float*>(params.lse);
+  merge.n_queries = static_cast<int32_t>(params.n_queries);
+  merge.heads = static_cast<int32_t>(params.heads);
+  merge.value_dim = static_cast<int32_t>(params.value_dim);
+  merge.rows = rows;
+  merge.schedule = schedule;
+  add_launch(plan, {KernelKind::merge, precision_of(params.dtype, true), 0, {}},
+             params.batch * params.heads * schedule.n_items, kMergeThreads, 0, merge);
 }
 
 float scale_log2(double scale) { return static_cast<float>(std::max(std::abs(scale) * kLog2E, 1e-30)); }

@@ -94,6 +94,14 @@ RangesView view_of(const KeyRangeTableView& table);
 // Fills a kernel's view of a schedule, with launches that carry it to the device where it is too large to travel along.
 void place_schedule(ScheduleView& view, const Schedule& schedule, Plan& plan, Workspace& workspace);
 
+// Room for what the items of split tiles leave; null where no tile is split.
+PartialResults take_partial_results(const AttentionParams& params, const Schedule& schedule, int rows,
+                                    Workspace& workspace);
+
+// Appends the launch that puts partial results together, where there are any. `rows` of a tile of the schedule.
+void add_merge(Plan& plan, const AttentionParams& params, const ScheduleView& schedule, const PartialResults& partial,
+               int rows);
+
 void check_sizes(const AttentionParams& params);
 
 // Zero would turn −inf scores into NaN; below this factor every score is as good as zero.

@@ -21,7 +21,8 @@ struct WorkItem {
   int32_t last_range;
   int32_t split;
   int32_t n_splits;
-  int32_t accumulator;  // among those of the head
+  int32_t accumulator;  // of the first split, among those of the head
+  int32_t n_tiles;      // of the group: the distance between the accumulators of splits that have their own
 };
 
 // The group that an item belongs to. Every warp searches for itself, 32 groups a step.
@@ -60,6 +61,7 @@ __device__ inline WorkItem find_work_item(const ScheduleView& schedule, uint32_t
   work.split = local / n_tiles;
   work.n_splits = schedule_word(schedule, word + 4);
   work.accumulator = schedule_word(schedule, word + 5) + tile;
+  work.n_tiles = n_tiles;
   return work;
 }
 
@@ -67,6 +69,14 @@ __device__ inline WorkItem find_work_item(const ScheduleView& schedule, uint32_t
 template <class Params>
 __device__ inline const uint8_t* batch_key_mask(const Params& p, const WorkItem& work) {
   return p.key_mask == nullptr ? nullptr : p.key_mask + work.batch * p.key_mask_batch_stride;
+}
+
+// Where a split of its tile has its own results: the first row of a tile in PartialResults.
+__device__ inline int64_t partial_row(const ScheduleView& schedule, const WorkItem& work, int32_t heads, int32_t rows,
+                                      int32_t split) {
+  const int64_t batch_head = static_cast<int64_t>(work.batch) * heads + work.head;
+  const int64_t of_head = work.accumulator + static_cast<int64_t>(split) * work.n_tiles;
+  return (batch_head * schedule.n_accumulators + of_head) * rows;
 }
 
 // Up to 64 neighbouring tokens of the streamed axis; bit i of `valid` says whether token begin + i takes part.
@@ -84,17 +94,29 @@ class RangeWalk {
   __device__ RangeWalk(const ScheduleView& schedule, int32_t first_range, int32_t last_range, const uint8_t* mask)
       : schedule_(schedule), mask_(mask), range_(first_range), last_range_(last_range) {}
 
-  __device__ int64_t count_tiles() const {
-    int64_t tiles = 0;
+  __device__ int32_t count_tiles() const {
+    uint32_t tiles = 0;
+    // Unrolled, this and the loop of restrict_to take registers that loading warps do not have.
+#pragma unroll 1
     for (int32_t range = range_; range < last_range_; ++range) {
-      tiles += (range_end(range) - range_begin(range) + kColumns - 1) / kColumns;
+      tiles += static_cast<uint32_t>(range_end(range) - range_begin(range) + kColumns - 1) / kColumns;
     }
-    return tiles;
+    return static_cast<int32_t>(tiles);
   }
 
-  // Leaves out the first tiles of the walk, ends it after `n_tiles` more. Meant for a walk without a mask.
+  // Leaves the tiles of one of an item's splits, whatever the mask says of them.
+  __device__ void take_share(const WorkItem& work) {
+    if (work.n_splits == 1) return;
+    const int32_t tiles = count_tiles();
+    const auto share = static_cast<int32_t>(static_cast<uint32_t>(tiles) / static_cast<uint32_t>(work.n_splits));
+    const int32_t rest = tiles - share * work.n_splits;
+    restrict_to(work.split * share + min(work.split, rest), share + (work.split < rest ? 1 : 0));
+  }
+
+  // Leaves out the first tiles of the walk, ends it after `n_tiles` more, masked ones among them.
   __device__ void restrict_to(int32_t first_tile, int32_t n_tiles) {
     tiles_left_ = n_tiles;
+#pragma unroll 1
     for (int32_t skip = first_tile; range_ < last_range_;) {
       enter_range();
       const int32_t tiles = (end_ - position_ + kColumns - 1) / kColumns;

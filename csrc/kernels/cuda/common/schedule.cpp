@@ -20,7 +20,7 @@ struct Group {
   int64_t column_tiles_per_item() const { return (column_tiles + n_splits - 1) / n_splits; }
 };
 
-int64_t divide_up(int64_t value, int64_t divisor) { return (value + divisor - 1) / divisor; }
+int64_t divide_up(int64_t value, int64_t divisor) { return value / divisor + (value % divisor == 0 ? 0 : 1); }
 
 int64_t count_column_tiles(const RangesView& ranges, size_t group, int columns_per_tile) {
   int64_t tiles = 0;
@@ -30,13 +30,13 @@ int64_t count_column_tiles(const RangesView& ranges, size_t group, int columns_p
   return tiles;
 }
 
-int64_t count_splits(int64_t column_tiles, int64_t max_column_tiles) {
+int64_t count_splits(int64_t column_tiles, const Sharing& sharing) {
   const auto root = static_cast<int64_t>(std::sqrt(static_cast<double>(column_tiles)));
-  return std::max<int64_t>(1, std::min(divide_up(column_tiles, max_column_tiles), root));
+  const int64_t splits = divide_up(column_tiles, sharing.max_column_tiles);
+  return std::max<int64_t>(1, sharing.own_accumulators ? splits : std::min(splits, root));
 }
 
-std::vector<Group> cover_rows(const RangesView& ranges, int64_t n_rows, int columns_per_tile, int64_t max_column_tiles,
-                              int64_t walks) {
+std::vector<Group> cover_rows(const RangesView& ranges, int64_t n_rows, int columns_per_tile, const Sharing& sharing) {
   std::vector<Group> groups;
   int32_t covered = 0;
   const auto cover_gap = [&](int64_t end) {
@@ -45,9 +45,9 @@ std::vector<Group> cover_rows(const RangesView& ranges, int64_t n_rows, int colu
   for (size_t g = 0; 2 * g < ranges.rows.size(); ++g) {
     cover_gap(ranges.rows[2 * g]);
     covered = ranges.rows[2 * g + 1];
-    const int64_t tiles = walks * count_column_tiles(ranges, g, columns_per_tile);
-    groups.push_back({ranges.rows[2 * g], covered, ranges.offsets[g], ranges.offsets[g + 1], tiles,
-                      count_splits(tiles, max_column_tiles)});
+    const int64_t tiles = sharing.walks * count_column_tiles(ranges, g, columns_per_tile);
+    groups.push_back(
+        {ranges.rows[2 * g], covered, ranges.offsets[g], ranges.offsets[g + 1], tiles, count_splits(tiles, sharing)});
   }
   cover_gap(n_rows);
   return groups;
@@ -71,9 +71,72 @@ int64_t count_tile_pairs(const RangesView& ranges, int rows_per_tile, int column
   return pairs;
 }
 
+int64_t column_tiles_that_fill(const RangesView& ranges, int rows_per_tile, int columns_per_tile, int64_t heads,
+                               int64_t slots) {
+  // A shorter item costs more for its part of the merging than it saves.
+  constexpr int64_t kMinColumnTiles = 4;
+  // In column tiles, by estimate: what starting an item takes, and the launch that merges.
+  constexpr int64_t kStartCost = 1;
+  constexpr int64_t kMergeCost = 3;
+  constexpr int64_t kMoreWaves = 3;
+  constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
+  const size_t n_groups = ranges.rows.size() / 2;
+  const int64_t total = heads * count_tile_pairs(ranges, rows_per_tile, columns_per_tile);
+  int64_t longest = 0;
+  for (size_t g = 0; g < n_groups; ++g) longest = std::max(longest, count_column_tiles(ranges, g, columns_per_tile));
+  const bool fills_alone = 4 * longest * slots <= 5 * total;
+  if (fills_alone || longest < 2 * kMinColumnTiles) return kUnlimited;
+
+  struct Tiles {
+    int64_t rows;
+    int64_t columns;
+  };
+  std::vector<Tiles> groups;
+  for (size_t g = 0; g < n_groups; ++g) {
+    groups.push_back({heads * divide_up(ranges.rows[2 * g + 1] - ranges.rows[2 * g], rows_per_tile),
+                      count_column_tiles(ranges, g, columns_per_tile)});
+  }
+  const auto items = [&](int64_t limit) {
+    int64_t count = 0;
+    for (const Tiles& tiles : groups) count += tiles.rows * divide_up(tiles.columns, limit);
+    return count;
+  };
+  // Until the last item ends: exact where items are alike, and else what a greedy order stays below.
+  const auto time = [&](int64_t limit) {
+    int64_t item = 0;
+    for (const Tiles& tiles : groups) {
+      item = std::max(item, divide_up(tiles.columns, std::max<int64_t>(1, divide_up(tiles.columns, limit))));
+    }
+    item += kStartCost;
+    return std::min(divide_up(items(limit), slots) * item, divide_up(total, slots) + item);
+  };
+  int64_t best = kUnlimited;
+  int64_t best_time = time(longest);
+  const int64_t waves = divide_up(items(longest), slots);
+  for (int64_t more = 0; more <= kMoreWaves; ++more) {
+    // The shortest items of which so many waves hold all.
+    int64_t low = kMinColumnTiles;
+    int64_t high = longest;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (items(middle) <= (waves + more) * slots) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    // More splits have to be worth it.
+    const int64_t split_time = time(low) + kMergeCost;
+    if (20 * split_time >= 19 * best_time) continue;
+    best = low;
+    best_time = split_time;
+  }
+  return best;
+}
+
 Schedule make_schedule(const RangesView& ranges, int64_t n_rows, int rows_per_tile, int columns_per_tile,
-                       int64_t max_column_tiles, int64_t walks) {
-  std::vector<Group> groups = cover_rows(ranges, n_rows, columns_per_tile, max_column_tiles, walks);
+                       const Sharing& sharing) {
+  std::vector<Group> groups = cover_rows(ranges, n_rows, columns_per_tile, sharing);
   std::stable_sort(groups.begin(), groups.end(), [](const Group& a, const Group& b) {
     return a.column_tiles_per_item() > b.column_tiles_per_item();
   });
@@ -94,7 +157,7 @@ Schedule make_schedule(const RangesView& ranges, int64_t n_rows, int rows_per_ti
     columns.insert(columns.end(), ranges.columns.begin() + 2 * group.first_range,
                    ranges.columns.begin() + 2 * group.last_range);
     n_items += tiles * n_splits;
-    if (n_splits > 1) n_accumulators += tiles;
+    if (n_splits > 1) n_accumulators += sharing.own_accumulators ? tiles * n_splits : tiles;
   }
   schedule.n_items = checked_index(n_items, "blocks");
   schedule.n_accumulators = checked_index(n_accumulators, "accumulators");

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -23,12 +24,25 @@ struct Schedule {
   int32_t n_accumulators = 0;
 };
 
+// How items share the column tiles of a tile of rows.
+struct Sharing {
+  int64_t max_column_tiles = std::numeric_limits<int64_t>::max();  // of an item
+  int64_t walks = 1;  // how often it goes through the columns: heads of queries that share keys
+  // Whether every item of a split tile has an accumulator of its own. Else they have one in common and add to it one
+  // after another; a tile is then never split more often than the square root of its column tiles, where the time of
+  // the additions and that of an item balance.
+  bool own_accumulators = false;
+};
+
 // Groups in descending order of the time of one item, rows in no range last, so that the last blocks of a launch are
-// short. An item goes through its columns `walks` times (heads of queries that share keys) and streams at most
-// `max_column_tiles` tiles, but a tile of rows is never split more often than
-// the square root of its column tiles: splits add up one after another, and there the two times balance.
+// short.
 Schedule make_schedule(const RangesView& ranges, int64_t n_rows, int rows_per_tile, int columns_per_tile,
-                       int64_t max_column_tiles, int64_t walks = 1);
+                       const Sharing& sharing = {});
+
+// How many column tiles an item should stream so that those of `heads` heads fill `slots` blocks that run at once: see
+// docs/cuda.md. Without a limit where the tiles of rows do that by themselves, or have too few columns to be worth it.
+int64_t column_tiles_that_fill(const RangesView& ranges, int rows_per_tile, int columns_per_tile, int64_t heads,
+                               int64_t slots);
 
 // Σ over tiles of rows of their column tiles: the size of the whole problem in units of `max_column_tiles`.
 int64_t count_tile_pairs(const RangesView& ranges, int rows_per_tile, int columns_per_tile);

@@ -12,6 +12,9 @@ struct Tf32;
 struct Tf32x3;
 
 template <class P>
+const void* merge_kernel();
+
+template <class P>
 const void* statistics_kernel();
 
 template <class P>

@@ -141,6 +141,34 @@ __device__ inline void store_out(const ForwardKernelParams& p, const WorkItem& w
   }
 }
 
+// What a split of the tile's keys gives, for attention_merge.
+template <int kRows, int kRowBlocks, int kOutBlocks>
+__device__ inline void store_partial(const ForwardKernelParams& p, const WorkItem& work,
+                                     const Accumulators<kRowBlocks, kOutBlocks>& r_out,
+                                     const SoftmaxState<kRowBlocks>& state) {
+  const int64_t first_row = partial_row(p.schedule, work, p.heads, kRows, work.split);
+#pragma unroll
+  for (int m = 0; m < kRowBlocks; ++m) {
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float sum = sum_over_quad(state.sum[m][row]);
+      const int32_t tile_row = accumulator_row<kRowBlocks>(m, row);
+      if (work.begin + tile_row >= work.end) continue;
+      const int64_t at = first_row + tile_row;
+      if (lane() % 4 == 0) {
+        const float shift = softmax_shift(state.maximum[m][row], p.scale_log2);
+        reinterpret_cast<float2*>(p.partial.statistics)[at] = make_float2(sum == 0.0f ? -INFINITY : shift, sum);
+      }
+      float* out = p.partial.out + at * p.value_dim + lane() % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kOutBlocks; ++n) {
+        if (8 * n >= p.value_dim) break;
+        *reinterpret_cast<float2*>(out + 8 * n) = make_float2(r_out[m][n][2 * row], r_out[m][n][2 * row + 1]);
+      }
+    }
+  }
+}
+
 template <class P, int kHeadDim, class Traits = ForwardTraits<P, kHeadDim>>
 __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.max_registers)
     attention_forward(const __grid_constant__ ForwardKernelParams p) {
@@ -177,6 +205,7 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
   };
 
   RangeWalk<kColumns> walk(p.schedule, work.first_range, work.last_range, mask);
+  walk.take_share(work);
   StreamedTile tile{};
   bool exists = walk.next(tile);
   load_stage(tile, exists, 0);
@@ -210,7 +239,11 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
     __syncthreads();
     if (has_rows) pv_gemm<P, kStride>(r_out, r_scores, lane_v + stage * Traits::kTileBytes, p.value_dim);
   }
-  store_out<P, kHeadDim>(p, work, r_out, state);
+  if (work.n_splits > 1) {
+    store_partial<Traits::kShape.rows>(p, work, r_out, state);
+  } else {
+    store_out<P, kHeadDim>(p, work, r_out, state);
+  }
 }
 
 template <class P, int kHeadDim>

@@ -16,6 +16,7 @@ struct ForwardKernelParams {
   const uint8_t* key_mask;  // may be null
   void* out;                // [batch, n_queries, heads, value_dim]
   float* lse;               // [batch, heads, n_queries]
+  PartialResults partial;   // of tiles whose keys are split
   FreqsStrides q_freqs_strides;
   int64_t key_mask_batch_stride;
   int32_t n_queries;

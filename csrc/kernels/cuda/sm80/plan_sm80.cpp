@@ -1,7 +1,6 @@
 #include "kernels/cuda/sm80/plan_sm80.h"
 
 #include <algorithm>
-#include <limits>
 #include <stdexcept>
 
 #include "kernels/cuda/common/plan_parts.h"
@@ -15,6 +14,8 @@ namespace {
 constexpr int64_t kMinColumnTilesPerItem = 8;
 // Items per multiprocessor that a split aims at: enough for two resident blocks and an even end.
 constexpr int64_t kItemsPerMultiprocessor = 4;
+// Of the forward, as the registers of its kernels allow. Where shared memory holds but one, they take turns.
+constexpr int64_t kBlocksPerMultiprocessor = 2;
 
 void add_attention_launch(Plan& plan, Pass pass, const KernelId& kernel, int64_t n_blocks, const auto& kernel_params) {
   const TileShape shape = tile_shape(pass, kernel.precision, kernel.head_dim);
@@ -69,11 +70,17 @@ Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& op
   kernel_params.value_dim = static_cast<int32_t>(params.value_dim);
   kernel_params.scale_log2 = scale_log2(params.scale);
   kernel_params.q_sign = params.scale < 0 ? -1.0f : 1.0f;
-  const Schedule schedule = make_schedule(view_of(params.table), params.n_queries, shape.rows, shape.columns,
-                                          std::numeric_limits<int64_t>::max());
+  const RangesView ranges = view_of(params.table);
+  const int64_t slots = kBlocksPerMultiprocessor * options.multiprocessors;
+  const Schedule schedule = make_schedule(ranges, params.n_queries, shape.rows, shape.columns,
+                                          {.max_column_tiles = column_tiles_that_fill(
+                                               ranges, shape.rows, shape.columns, params.batch * params.heads, slots),
+                                           .own_accumulators = true});
   place_schedule(kernel_params.schedule, schedule, plan, workspace);
+  kernel_params.partial = take_partial_results(params, schedule, shape.rows, workspace);
   add_attention_launch(plan, Pass::forward, {KernelKind::forward, precision, head_dim, {}},
                        params.batch * params.heads * schedule.n_items, kernel_params);
+  add_merge(plan, params, kernel_params.schedule, kernel_params.partial, shape.rows);
   plan.workspace_bytes = workspace.bytes();
   return plan;
 }
@@ -155,9 +162,9 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
     const TransposedKeyRangeTable table = transpose(forward.table);
     const RangesView ranges{table.k_ranges, table.q_offsets, table.q_ranges};
     const TileShape shape = tile_shape(Pass::backward_key, precision, head_dim);
-    const Schedule schedule =
-        make_schedule(ranges, forward.n_keys, shape.rows, shape.columns,
-                      column_tiles_per_item(forward, options, ranges, shape), common.heads_per_kv_head);
+    const Schedule schedule = make_schedule(ranges, forward.n_keys, shape.rows, shape.columns,
+                                            {.max_column_tiles = column_tiles_per_item(forward, options, ranges, shape),
+                                             .walks = common.heads_per_kv_head});
     // Room for the counters of both launches that the widest heads take.
     statistics.counters = workspace.take<int32_t>(2 * (1 + forward.batch * forward.kv_heads * schedule.n_accumulators));
     BackwardKernelParams key_params = common;
@@ -180,8 +187,7 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
     // The gradient of the factors is a sum over the rotated gradient, which is then rotated back in place.
     const bool rotate_back_later = params.grad_q_freqs != nullptr;
     query_params.q_freqs = rotate_back_later ? nullptr : static_cast<const float*>(forward.q_freqs);
-    const Schedule schedule = make_schedule(view_of(forward.table), forward.n_queries, shape.rows, shape.columns,
-                                            std::numeric_limits<int64_t>::max());
+    const Schedule schedule = make_schedule(view_of(forward.table), forward.n_queries, shape.rows, shape.columns);
     place_schedule(query_params.schedule, schedule, plan, workspace);
     add_attention_launch(passes, Pass::backward_query, {KernelKind::backward_query, precision, head_dim, {}},
                          forward.batch * forward.heads * schedule.n_items, query_params);

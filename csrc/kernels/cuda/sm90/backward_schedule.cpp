@@ -88,15 +88,15 @@ void append_turns(Schedule& keys, const Schedule& queries) {
 
 BackwardSchedule make_backward_schedule(const KeyRangeTableView& table, int64_t n_queries, int64_t n_keys,
                                         int queries_per_tile, int64_t items, int64_t heads_per_kv_head) {
-  constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
   const TransposedKeyRangeTable cut = cut_at_groups(table);
   const RangesView ranges{cut.k_ranges, cut.q_offsets, cut.q_ranges};
   const int64_t tiles_per_item =
       heads_per_kv_head * count_tile_pairs(ranges, kBackwardKeys, queries_per_tile) / std::max<int64_t>(items, 1);
   BackwardSchedule schedule;
   schedule.keys = make_schedule(ranges, n_keys, kBackwardKeys, queries_per_tile,
-                                std::max(kMinQueriesPerItem / queries_per_tile, tiles_per_item), heads_per_kv_head);
-  schedule.queries = make_schedule(view_of(table), n_queries, queries_per_tile, kBackwardKeys, kUnlimited);
+                                {.max_column_tiles = std::max(kMinQueriesPerItem / queries_per_tile, tiles_per_item),
+                                 .walks = heads_per_kv_head});
+  schedule.queries = make_schedule(view_of(table), n_queries, queries_per_tile, kBackwardKeys);
   schedule.n_ranges = static_cast<int32_t>(cut.q_ranges.size() / 2);
   for (int32_t g = 0; g < table.n_groups; ++g) {
     schedule.n_query_tiles += divide_up(table.q_ranges[2 * g + 1] - table.q_ranges[2 * g], queries_per_tile);

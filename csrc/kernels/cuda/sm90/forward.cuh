@@ -138,7 +138,12 @@ class ForwardConsumer {
       ring_.advance();
     }
     // Found again, because the products leave no registers to remember it.
-    store_out(find_work(index), r_out, state);
+    const cuda::WorkItem work = find_work(index);
+    if (work.n_splits > 1) {
+      store_partial(work, r_out, state);
+    } else {
+      store_out(work, r_out, state);
+    }
   }
 
   // Keeps the others' pace and computes nothing, where this warpgroup has no rows, or the item no keys.
@@ -307,6 +312,31 @@ class ForwardConsumer {
       store_whole_rows(work, r_out);
     } else {
       store_some_rows(work, r_out, first_row);
+    }
+  }
+
+  // What a split of the tile's keys gives, for attention_merge.
+  __device__ void store_partial(const cuda::WorkItem& work, const float (&r_out)[Traits::kOutputs],
+                                const SoftmaxState& state) const {
+    const int32_t first_row = static_cast<int32_t>(thread_ / 32 * 16 + thread_ % 32 / 4);
+    const int64_t first =
+        partial_row(p_.schedule, work, p_.heads, Traits::kQueries, work.split) + warpgroup_ * kWarpgroupRows;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float sum = sum_over_quad(state.sum[row]);
+      const int32_t tile_row = first_row + 8 * row;
+      if (work.begin + tile_row >= work.end) continue;
+      const int64_t at = first + tile_row;
+      if (thread_ % 4 == 0) {
+        const float shift = softmax_shift(state.maximum[row], p_.scale_log2);
+        reinterpret_cast<float2*>(p_.partial.statistics)[at] = make_float2(sum == 0.0f ? -INFINITY : shift, sum);
+      }
+      float* out = p_.partial.out + at * p_.value_dim + thread_ % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        if (8 * n >= p_.value_dim) break;
+        *reinterpret_cast<float2*>(out + 8 * n) = make_float2(r_out[4 * n + 2 * row], r_out[4 * n + 2 * row + 1]);
+      }
     }
   }
 

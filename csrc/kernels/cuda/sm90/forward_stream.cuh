@@ -116,7 +116,9 @@ class KeyWalk {
   static_assert(kKeys == 128, "the validity of a tile is four words");
 
   __device__ KeyWalk(const ForwardKernelParams& p, const cuda::WorkItem& work)
-      : walk_(p.schedule, work.first_range, work.last_range, nullptr), mask_(batch_key_mask(p, work)) {}
+      : walk_(p.schedule, work.first_range, work.last_range, nullptr), mask_(batch_key_mask(p, work)) {
+    walk_.take_share(work);
+  }
 
   __device__ bool next(KeyTile<kKeys>& tile) {
     for (int32_t count; walk_.next_span(tile.begin, count);) {

@@ -19,10 +19,11 @@ struct ForwardKernelParams {
   TensorMap v;
   TensorMap out;  // of boxes of 64 tokens
   cuda::TensorView q;
-  const float* q_freqs;     // interleaved real and imaginary parts, may be null
-  const uint8_t* key_mask;  // may be null
-  void* out_data;           // [batch, n_queries, heads, value_dim]
-  float* lse;               // [batch, heads, n_queries]
+  const float* q_freqs;          // interleaved real and imaginary parts, may be null
+  const uint8_t* key_mask;       // may be null
+  void* out_data;                // [batch, n_queries, heads, value_dim]
+  float* lse;                    // [batch, heads, n_queries]
+  cuda::PartialResults partial;  // of tiles whose keys are split
   FreqsStrides q_freqs_strides;
   int64_t key_mask_batch_stride;
   AxisSteps k_steps;

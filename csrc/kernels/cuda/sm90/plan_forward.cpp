@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstddef>
-#include <limits>
 
 #include "kernels/cuda/common/plan_parts.h"
 #include "kernels/cuda/sm90/config.h"
@@ -55,9 +54,14 @@ Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& op
   kernel_params.value_dim = static_cast<int32_t>(params.value_dim);
   kernel_params.scale_log2 = scale_log2(params.scale);
   kernel_params.q_sign = params.scale < 0 ? -1.0f : 1.0f;
-  const Schedule schedule = make_schedule(view_of(params.table), params.n_queries, tile.queries(), tile.keys,
-                                          std::numeric_limits<int64_t>::max());
+  const RangesView ranges = view_of(params.table);
+  const Schedule schedule =
+      make_schedule(ranges, params.n_queries, tile.queries(), tile.keys,
+                    {.max_column_tiles = column_tiles_that_fill(ranges, tile.queries(), tile.keys,
+                                                                params.batch * params.heads, options.multiprocessors),
+                     .own_accumulators = true});
   place_schedule(kernel_params.schedule, schedule, plan, workspace);
+  kernel_params.partial = take_partial_results(params, schedule, tile.queries(), workspace);
   kernel_params.n_work = checked_grid(schedule.n_items * params.batch * params.heads);
   const auto map = [&](const TokenTensor& tensor, int tokens, size_t offset) {
     return tensor_map(tensor, params.dtype, tile.slab_channels, tokens, static_cast<uint32_t>(offset));
@@ -68,6 +72,7 @@ Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& op
              {map(keys(params), tile.keys, offsetof(ForwardKernelParams, k)),
               map(values(params), tile.keys, offsetof(ForwardKernelParams, v)),
               map(output(params), kWarpgroupRows, offsetof(ForwardKernelParams, out))});
+  add_merge(plan, params, kernel_params.schedule, kernel_params.partial, tile.queries());
   plan.workspace_bytes = workspace.bytes();
   return plan;
 }

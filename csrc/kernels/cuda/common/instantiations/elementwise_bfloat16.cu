@@ -1,6 +1,8 @@
 #include "kernels/cuda/common/elementwise.cuh"
+#include "kernels/cuda/common/merge.cuh"
 
 namespace anchor_attention::cuda {
+template const void* merge_kernel<Bfloat16>();
 template const void* statistics_kernel<Bfloat16>();
 template const void* rope_kernel<Bfloat16>();
 template const void* rope_freqs_kernel<Bfloat16>();
