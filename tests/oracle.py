@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from anchor_attention import anchor_attention, anchor_attention_reference
+from anchor_attention._dtypes import working_dtype
 from anchor_attention.reference import rope_reference
 from tests.generators import AttentionInputs
 
@@ -78,7 +79,9 @@ def intermediate_rounding(inputs: AttentionInputs, exact: Result, name: str) -> 
         rotated = inputs.q_freqs is not None or inputs.k_freqs is not None
         scale = abs(inputs.q.size(-1) ** -0.5 if inputs.scale is None else inputs.scale)
         q, k = (tensor.float().square().mean().sqrt().item() for tensor in (inputs.q, inputs.k))
-        return rotated * torch.finfo(inputs.q.dtype).eps * scale * math.sqrt(inputs.q.size(-1)) * q * k / 4
+        score = torch.finfo(inputs.q.dtype).eps * scale * math.sqrt(inputs.q.size(-1)) * q * k / 4
+        # What is a relative error of the sum of exponentials is an absolute one of its logarithm.
+        return torch.finfo(working_dtype(inputs.q.dtype)).eps + rotated * score
     q, k, v, grad_out = (tensor.abs().max().item() for tensor in (inputs.q, inputs.k, inputs.v, inputs.grad_out))
     lse = exact["lse"]
     probability = lse[lse.isfinite()].abs().max().item() if lse.isfinite().any() else 0.0

@@ -61,7 +61,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_jvp(Tensor q, Tensor k, Ten
     std::tie(new_out, new_lse) = new_outputs(q, params.forward);
   }
   auto [out_tangents, lse_tangents] = new_tangents(q, params, /*stacked=*/true);
-  if (q.numel() > 0 && tangents.n > 0) Device::attention_jvp(params);
+  if (q.numel() > 0 && tangents.n > 0) {
+    Device::attention_jvp(params);
+  } else if (q.numel() > 0 && !params.knows_value) {
+    Device::attention(params.forward, q, /*allow_tf32=*/false);
+  }
   return {new_out, new_lse, out_tangents, lse_tangents};
 }
 
