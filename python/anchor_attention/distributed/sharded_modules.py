@@ -157,7 +157,7 @@ class ShardedMixedForward(MixedForward):
 
 @bounded_cache
 def sharded_class(sharded: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
-    """Makes the subclass of ``original`` that goes forward as ``sharded`` does."""
+    """Makes the subclass of ``original`` whose forward is that of ``sharded``."""
 
     def fill(namespace: dict[str, Any]) -> None:
         namespace.update(__module__=__name__, __doc__=original.__doc__)

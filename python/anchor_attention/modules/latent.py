@@ -22,15 +22,15 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 class LatentAttention(nn.Module):
-    """Multi-head attention of every token to every other one by way of a few latents, in time linear in the tokens.
+    """Multi-head attention of every token to every other one through a few latents, in time linear in the tokens.
 
-    The latents read the tokens and take up their values; the tokens, by the same keys, read the latents and take what
-    they took up::
+    The latents attend to the tokens and gather their values; the tokens, with the same keys, attend to the latents and
+    read what they gathered::
 
         z = softmax(scale · latents kᵀ) v        y = softmax(scale · k latentsᵀ) z        out = proj(y)
 
-    With ``branches``, only anchors are taken up: tokens that only read can come later, against the latents of an
-    earlier call. Latents of their own for each branch keep the branches apart, shared latents join them.
+    With ``branches``, the latents read only anchors: tokens that only read can come later, against the latents of an
+    earlier call. Latents per branch keep the branches apart, shared latents join them.
 
     Method: FLARE, https://arxiv.org/abs/2508.12594.
 
@@ -39,7 +39,7 @@ class LatentAttention(nn.Module):
         hidden_dim: Width of the tokens, a multiple of ``num_heads``.
         num_heads: Number of heads.
         num_latents: Number of latents of a set.
-        branches: Names of the branches; without any, all tokens are taken up by one set of latents.
+        branches: Names of the branches; without any, one set of latents reads all tokens.
         anchor_suffix: The anchors of a branch are the group ``branch + anchor_suffix``.
         per_branch: Whether each branch has a set of latents of its own.
         scale: Factor of the scores.
@@ -124,10 +124,10 @@ class LatentAttention(nn.Module):
         Args:
             x: (B, N, hidden_dim), with ``branches`` the groups one after the other in the order of ``token_specs``.
             token_specs: Name and size of each group, where there are branches.
-            key_padding_mask: (B, N) bool, True where a token of x is real. Only tokens that are taken up matter.
+            key_padding_mask: (B, N) bool, True where a token of x is real. Only tokens that the latents read matter.
             latents: (B or 1, latents, num_heads, head_dim) in the place of the learnt ones.
-            latent_cache: What an earlier call returned: the tokens of x read these latents, none is taken up.
-            return_latent_cache: Whether to return what the latents took up.
+            latent_cache: What an earlier call returned: the tokens of x read these latents, which read none of them.
+            return_latent_cache: Whether to return what the latents gathered.
 
         Returns:
             (B, N, hidden_dim), and the cache (B, latents, num_heads, head_dim) where it is asked for.
@@ -197,7 +197,7 @@ class LatentAttention(nn.Module):
 
 
 class _LatentPlan(NamedTuple):
-    encoded: Ranges  # the tokens of x that are taken up, one after the other
+    encoded: Ranges  # the tokens of x that the latents read, one after the other
     encode: KeyRangeTable  # latents to those tokens
     decode: KeyRangeTable  # tokens of x to latents
 
