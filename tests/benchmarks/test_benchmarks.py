@@ -147,8 +147,13 @@ def test_workloads_name_the_patterns_of_the_modules(workloads: list[Workload]) -
 
 
 def test_gpu_and_cpu_sizes_have_the_same_shape() -> None:
-    assert [workload.name for workload in GPU] == [workload.name for workload in CPU]
-    for small, large in zip(CPU, GPU, strict=True):
+    assert [workload.name for workload in GPU[: len(CPU)]] == [workload.name for workload in CPU]
+    # Behind them, the first again with heads of other sizes.
+    for other in GPU[len(CPU) :]:
+        head_dim = other.dim // other.heads
+        assert other == replace(GPU[0], name=f"{GPU[0].name}_hd{head_dim}", dim=other.dim)
+        assert head_dim not in {workload.dim // workload.heads for workload in GPU[: len(CPU)]}
+    for small, large in zip(CPU, GPU[: len(CPU)], strict=True):
         # Packed samples are branches: there are more of them on a GPU, none larger.
         pairs = list(zip(small.branches, large.branches, strict=not small.packed))
         for branch, larger in pairs:

@@ -277,7 +277,7 @@ def test_torch_func_inside_a_graph_is_refused_with_the_way_out() -> None:
     table = KeyRangeTable.from_ranges([[0, 20]], [[0, 12]])
     gradient = torch.func.grad(lambda q: anchor_attention(q, k, v, table).sum())
     with pytest.raises(
-        RuntimeError, match=r"call the function of the package anchor_attention, outside of torch\.compile"
+        RuntimeError, match=r"call the function of the package anchor_attention, outside torch\.compile"
     ):
         torch.compile(gradient, fullgraph=True, backend="eager")(q)
 

@@ -195,7 +195,7 @@ def test_what_has_no_derivative_says_so() -> None:
     def tangent(q: torch.Tensor) -> torch.Tensor:
         return jvp(loss, (q,), (q.cos(),))[1]
 
-    with pytest.raises(RuntimeError, match="forward mode can't be applied to forward mode: take jvp of grad"):
+    with pytest.raises(RuntimeError, match="forward mode can't be applied to forward mode: use jvp of grad"):
         jvp(tangent, (q,), (q,))
     with pytest.raises(RuntimeError, match="there is no third derivative"):
         grad(lambda q: grad(lambda q: grad(loss)(q).square().sum())(q).square().sum())(q)

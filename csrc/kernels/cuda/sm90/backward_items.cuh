@@ -45,13 +45,8 @@ template <int kQueries>
 class QueryWalk {
  public:
   __device__ QueryWalk(const BackwardKernelParams& p, const KeyItem& item)
-      : p_(p),
-        first_range_(item.first_range),
-        last_range_(item.last_range),
-        range_(item.first_range),
-        head_(item.first_head),
-        tiles_left_(item.n_tiles),
-        tile_of_keys_(item.tile) {
+      : p_(p), item_(item), range_(item.first_range), head_(item.first_head), tiles_left_(item.n_tiles) {
+#pragma unroll 1
     for (int32_t skip = item.skipped_tiles; tiles_left_ > 0;) {
       enter_range();
       const int32_t tiles = (end_ - position_ + kQueries - 1) / kQueries;
@@ -67,8 +62,8 @@ class QueryWalk {
   __device__ bool next(QueryTile& tile) {
     if (tiles_left_-- <= 0) return false;
     if (position_ >= end_) {
-      if (range_ == last_range_) {
-        range_ = first_range_;
+      if (range_ == item_.last_range) {
+        range_ = item_.first_range;
         ++head_;
       }
       enter_range();
@@ -99,17 +94,15 @@ class QueryWalk {
     position_ = schedule_word(p_.schedule, bounds);
     end_ = schedule_word(p_.schedule, bounds + 1);
     index_ = schedule_word(p_.schedule, turns);
-    turn_ = schedule_word(p_.schedule, turns + 1) + tile_of_keys_ * schedule_word(p_.schedule, turns + 2);
+    turn_ = schedule_word(p_.schedule, turns + 1) + item_.tile * schedule_word(p_.schedule, turns + 2);
     ++range_;
   }
 
   const BackwardKernelParams& p_;
-  int32_t first_range_;
-  int32_t last_range_;
+  const KeyItem& item_;  // in shared memory: loading warps have no registers for what they seldom read
   int32_t range_;
   int32_t head_;
   int32_t tiles_left_;
-  int32_t tile_of_keys_;
   int32_t position_ = 0;
   int32_t end_ = 0;
   int32_t index_ = 0;
