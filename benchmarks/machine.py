@@ -184,9 +184,8 @@ def register_ceiling(name: str, threads: int) -> tuple[Callable[[object], object
 def register_library() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "register_ceiling.so"
-        target = COMPILED_FOR.get(anchor_attention.cpu_instruction_sets().selected, "native")
-        if platform.machine() != "x86_64":
-            target = "native"
+        selected = anchor_attention.cpu_instruction_sets().selected
+        target = COMPILED_FOR.get(selected, "native") if platform.machine() == "x86_64" else "native"
         command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O3", f"-march={target}", "-shared", "-fPIC"]
         subprocess.run([*command, str(REGISTER_SOURCE), "-o", str(library)], check=True, capture_output=True)
         return ctypes.CDLL(str(library))

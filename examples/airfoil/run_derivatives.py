@@ -129,6 +129,16 @@ def differences(field: Field, points: Tensor) -> Tensor:
     return torch.stack(columns, dim=-1)
 
 
+def divergence(slopes: Tensor) -> Tensor:
+    """Of a Jacobian that is there already: (..., 2, 2) -> (...)."""
+    return slopes[..., 0, 0] + slopes[..., 1, 1]
+
+
+def vorticity(slopes: Tensor) -> Tensor:
+    """Likewise."""
+    return slopes[..., 1, 0] - slopes[..., 0, 1]
+
+
 @torch.no_grad()
 def derivatives_on_unseen(model: AirfoilModel, unseen: dataset.Shapes) -> dict[str, float]:
     """Root mean squares over all stored points around the unseen airfoils at :data:`ANGLE`."""
@@ -141,9 +151,9 @@ def derivatives_on_unseen(model: AirfoilModel, unseen: dataset.Shapes) -> dict[s
         by_differences = differences(field, points)
         for name, values in {
             "gradient": slopes.flatten(2).norm(dim=2),
-            "divergence": slopes[..., 0, 0] + slopes[..., 1, 1],
-            "divergence_by_differences": by_differences[..., 0, 0] + by_differences[..., 1, 1],
-            "vorticity": slopes[..., 1, 0] - slopes[..., 0, 1],
+            "divergence": divergence(slopes),
+            "divergence_by_differences": divergence(by_differences),
+            "vorticity": vorticity(slopes),
         }.items():
             squares.setdefault(name, []).append(values.double().square().flatten())
     return {name: torch.cat(values).mean().sqrt().item() for name, values in squares.items()}
@@ -167,12 +177,9 @@ def draw(models: dict[str, AirfoilModel], unseen: dataset.Shapes, size: tuple[in
     for velocity, model in models.items():
         field = velocity_field(model, flow_condition(cases.angle), encode(model, cases))
         _, slopes = physics.jacobian(field, points[outside][None])
-        for name, values in {
-            "divergence": slopes[0, :, 0, 0] + slopes[0, :, 1, 1],
-            "vorticity": slopes[0, :, 1, 0] - slopes[0, :, 0, 1],
-        }.items():
+        for name, values in {"divergence": divergence(slopes), "vorticity": vorticity(slopes)}.items():
             everywhere = np.full(len(points), np.nan, dtype=np.float32)
-            everywhere[outside.numpy()] = values.numpy()
+            everywhere[outside.numpy()] = values[0].numpy()
             fields[name][NAMES[velocity]] = everywhere.reshape(grid.shape[:2])
     title = f"{unseen.names[0]} (unseen) at {ANGLE:g}°: what should be 0, in units of free stream per chord"
     pictures.draw_magnitudes(title, nodes, grid.numpy(), fields, path)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,19 +22,7 @@ import run_derivatives
 from model import VELOCITIES, AirfoilModel, ModelConfig, flow_condition
 from training import Trainer, random_cases
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are too small here for more threads to be faster."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def shapes() -> dataset.Shapes:
-    return dataset.load()[0]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_velocity_of_a_stream_function_has_no_divergence(shapes: dataset.Shapes) -> None:

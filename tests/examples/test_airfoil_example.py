@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,24 +35,13 @@ TINY = ModelConfig(dim=32, num_heads=2, blocks="scj")
 TINY_TRAINING = TrainingConfig(seconds=None, steps=6, batch_size=2, surface_anchors=12, volume_anchors=16)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are too small here for more threads to be faster, and a busy machine makes them much slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, np.ndarray]:
     with np.load(dataset.DATA_FILE) as file:
         return dict(file)
-
-
-@pytest.fixture(scope="module")
-def shapes() -> dataset.Shapes:
-    return dataset.load()[0]
 
 
 def a_few(shapes: dataset.Shapes) -> list[int]:

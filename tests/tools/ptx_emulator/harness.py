@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 from numpy.typing import DTypeLike
 from tools.ptx_emulator.launch import Dim, Memory, Module
 from tools.ptx_emulator.tensor_map import TensorMap
@@ -15,6 +16,8 @@ from tests.tools.ptx_emulator import cuda_driver
 DEVICES = ("emulated", "cuda") if cuda_driver.available() else ("emulated",)
 # sm_90a code runs on compute capability 9.0 only.
 HOPPER_DEVICES = ("emulated", "cuda") if cuda_driver.compute_capability() == (9, 0) else ("emulated",)
+devices = pytest.mark.parametrize("device", DEVICES)
+hopper_devices = pytest.mark.parametrize("device", HOPPER_DEVICES)
 
 _PREAMBLE = """
 .version {version}

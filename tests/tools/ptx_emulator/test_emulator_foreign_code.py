@@ -17,10 +17,8 @@ from tools.ptx_emulator import (
     UninitializedReadError,
 )
 
-from tests.tools.ptx_emulator.harness import DEVICES, HOPPER_DEVICES, apply, program, run
+from tests.tools.ptx_emulator.harness import apply, devices, hopper_devices, program, run
 
-devices = pytest.mark.parametrize("device", DEVICES)
-hopper_devices = pytest.mark.parametrize("device", HOPPER_DEVICES)
 SEEDS = range(4)
 THREAD_WORD = "mul.wide.u32 %wide, %thread, 4;\nadd.u64 %rd0, %rd0, %wide;\n"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tools.ptx_emulator import Memory, Module, TensorMap
 
-from tests.tools.ptx_emulator.harness import DEVICES, HOPPER_DEVICES, apply, program, run
+from tests.tools.ptx_emulator.harness import apply, devices, hopper_devices, program, run
 from tests.tools.ptx_emulator.test_emulator_bulk_copy import (
     SWIZZLE,
     THREADS,
@@ -18,8 +18,6 @@ from tests.tools.ptx_emulator.test_emulator_bulk_copy import (
     wait,
 )
 
-devices = pytest.mark.parametrize("device", DEVICES)
-hopper_devices = pytest.mark.parametrize("device", HOPPER_DEVICES)
 # %rd20: element `thread` of the array behind a pointer.
 ELEMENT = "mul.wide.u32 %wide, %thread, {size};\nadd.u64 %rd20, %rd{pointer}, %wide;\n"
 

@@ -80,22 +80,22 @@ int64_t column_tiles_that_fill(const RangesView& ranges, int rows_per_tile, int 
   constexpr int64_t kMergeCost = 3;
   constexpr int64_t kMoreWaves = 3;
   constexpr int64_t kUnlimited = std::numeric_limits<int64_t>::max();
-  const size_t n_groups = ranges.rows.size() / 2;
-  const int64_t total = heads * count_tile_pairs(ranges, rows_per_tile, columns_per_tile);
-  int64_t longest = 0;
-  for (size_t g = 0; g < n_groups; ++g) longest = std::max(longest, count_column_tiles(ranges, g, columns_per_tile));
-  const bool fills_alone = 4 * longest * slots <= 5 * total;
-  if (fills_alone || longest < 2 * kMinColumnTiles) return kUnlimited;
-
   struct Tiles {
     int64_t rows;
     int64_t columns;
   };
-  std::vector<Tiles> groups;
-  for (size_t g = 0; g < n_groups; ++g) {
-    groups.push_back({heads * divide_up(ranges.rows[2 * g + 1] - ranges.rows[2 * g], rows_per_tile),
-                      count_column_tiles(ranges, g, columns_per_tile)});
+  std::vector<Tiles> groups(ranges.rows.size() / 2);
+  int64_t total = 0;
+  int64_t longest = 0;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    groups[g] = {heads * divide_up(ranges.rows[2 * g + 1] - ranges.rows[2 * g], rows_per_tile),
+                 count_column_tiles(ranges, g, columns_per_tile)};
+    total += groups[g].rows * groups[g].columns;
+    longest = std::max(longest, groups[g].columns);
   }
+  const bool fills_alone = 4 * longest * slots <= 5 * total;
+  if (fills_alone || longest < 2 * kMinColumnTiles) return kUnlimited;
+
   const auto items = [&](int64_t limit) {
     int64_t count = 0;
     for (const Tiles& tiles : groups) count += tiles.rows * divide_up(tiles.columns, limit);
