@@ -10,7 +10,7 @@
 namespace anchor_attention::cuda {
 namespace {
 
-// What a block may use without asking for more.
+// Shared memory that a block may use without an opt-in.
 constexpr uint32_t kDefaultSharedBytes = 48 * 1024;
 
 // Head sizes are multiples of 8 up to 256.
@@ -131,7 +131,7 @@ CurrentContext::~CurrentContext() {
   if (pushed_) driver().context_pop(&popped);
 }
 
-// Each exchange leaves the thread's mode from before in `mode_`.
+// Each exchange leaves the thread's previous mode in `mode_`.
 AllowedDuringCapture::AllowedDuringCapture() {
   check_driver(driver().exchange_capture_mode(&mode_), "cuThreadExchangeStreamCaptureMode");
 }

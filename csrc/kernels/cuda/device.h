@@ -1,4 +1,4 @@
-// What is known of a GPU, and the kernels that it has loaded.
+// Properties of a GPU, and the kernels that are loaded on it.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ class Device {
   int multiprocessors() const { return multiprocessors_; }
   CUcontext context() const { return context_; }
 
-  // The kernel, ready for a launch with so much dynamic shared memory: loaded by its first use, and told once of more
-  // than the default. Throws DriverError.
+  // The kernel, ready for a launch with `shared_bytes` of dynamic shared memory: loaded by its first use; a limit above
+  // the default is set once. Throws DriverError.
   CUkernel kernel(const KernelId& id, uint32_t shared_bytes) const;
 
  private:
@@ -41,13 +41,13 @@ class Device {
   mutable std::unordered_map<uint32_t, LoadedKernel> kernels_;
 };
 
-// By the number that torch gives it; kept for the life of the process. Throws DriverError.
+// By torch's device index; kept for the life of the process. Throws DriverError.
 const Device& device(int ordinal);
 
 // Whether kernels of the generation were compiled in.
 bool is_compiled(Generation generation);
 
-// While it lives, the device's context is the thread's: a thread that torch has not launched from may have none.
+// While it lives, the device's context is current on the thread: one that torch has not launched from may have none.
 class CurrentContext {
  public:
   explicit CurrentContext(const Device& device);
@@ -59,8 +59,8 @@ class CurrentContext {
   bool pushed_ = false;
 };
 
-// While it lives, the thread may do what a capture into a graph forbids, whichever stream is captured: drivers before
-// CUDA 12.3 load no kernel during one otherwise.
+// While it lives, the thread may do what a capture into a graph forbids, whichever stream is captured: without it,
+// drivers before CUDA 12.3 load no kernel during a capture.
 class AllowedDuringCapture {
  public:
   AllowedDuringCapture();

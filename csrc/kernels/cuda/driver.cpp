@@ -22,7 +22,7 @@ void check_version(const Driver& found) {
   if (found.driver_get_version(&version) != CUDA_SUCCESS) throw DriverError("the NVIDIA driver does not answer");
   const int needed = device_code().minimum_driver;
   if (version >= needed) return;
-  // The first branch of drivers of each.
+  // The first driver branch of each major version of CUDA.
   const char* branch = needed >= 13000 ? "580" : "530";
   throw DriverError("the NVIDIA driver is too old: it is for CUDA " + release(version) +
                     ", and the GPU code of this library needs one for CUDA " + release(needed) + " or newer (" +
@@ -34,7 +34,7 @@ Driver load() {
   if (library == nullptr) throw DriverError("there is no NVIDIA driver: libcuda.so.1 can't be loaded");
   Driver found{};
   find(library, "cuDriverGetVersion", found.driver_get_version);
-  // An old driver is named as such before what it lacks.
+  // An old driver is reported as too old, not by the first function that it lacks.
   check_version(found);
 // The header maps some names to newer versions of the function: those are the symbols.
 #define ANCHOR_ATTENTION_NAME(function) #function

@@ -8,7 +8,7 @@
 
 namespace anchor_attention::cuda {
 
-// What the driver refused, in its words, or why it can't be used.
+// An error of the driver, in its own words, or the reason why it can't be used.
 struct DriverError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

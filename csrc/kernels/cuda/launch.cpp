@@ -7,7 +7,7 @@ namespace {
 
 void start(LaunchPlan& step, const Device& device, CUstream stream) {
   for (const TensorMapPlan& map : step.tensor_maps) encode_tensor_map(map, step.params.data() + map.params_offset);
-  // The driver takes a kernel of a library where it takes a function.
+  // The driver accepts a library's kernel in place of a function.
   const auto function = reinterpret_cast<CUfunction>(device.kernel(step.kernel, step.shared_bytes));
   void* arguments[] = {step.params.data()};
   check_driver(driver().launch_kernel(function, step.grid, 1, 1, step.block, 1, 1, step.shared_bytes, stream, arguments,

@@ -1,4 +1,4 @@
-// The way into the CUDA kernels: what params.h describes goes in, with device pointers.
+// Entry points of the CUDA kernels: they take what params.h describes, with device pointers.
 // Nothing here waits for the device or reads device memory; all of it can be captured in a graph.
 #pragma once
 
@@ -21,7 +21,7 @@ struct Options {
   const char* pinned_kernels = nullptr;  // as `pinned` of generation_of
 };
 
-// Gives device memory of so many bytes, 256-byte aligned, that is free for reuse once the stream has passed the call.
+// Allocates this many bytes on the device, 256-byte aligned, free for reuse once the stream has passed the call.
 using Allocate = std::function<void*(int64_t bytes)>;
 
 // Pointers belong to the target's device. All throw std::invalid_argument for what the kernels do not support, see

@@ -51,7 +51,7 @@ struct Slot {
   CUtensorMap encoded{};
 };
 
-// A power of two: several layers' worth of tensors.
+// A power of two, enough for the tensors of several layers.
 constexpr size_t kSlots = 128;
 
 size_t slot_of(const TensorMapPlan& plan) {

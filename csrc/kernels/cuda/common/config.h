@@ -9,7 +9,7 @@ namespace anchor_attention::cuda {
 // How products are formed. Both tf32 forms read and write float32.
 enum class Precision : int32_t { bfloat16, float16, tf32, tf32x3 };
 
-// Which gradients a block of sm80's key pass accumulates. Both at once do not fit the registers of the widest heads.
+// Which gradients a block of sm80's key pass accumulates. The widest heads leave no registers for both at once.
 enum class KeyGradients : int32_t { both, key, value };
 constexpr int kWidestHeadOfBothGradients = 128;
 
@@ -19,10 +19,10 @@ constexpr int bytes_per_element(Precision precision) {
 
 constexpr uint32_t kFullWarp = 0xffffffffu;
 
-// Of the memory-bound kernels; the row statistics share a row among eight threads, 128 bytes a load.
+// Of the memory-bound kernels. Row statistics are computed by eight threads per row, 128 bytes per load.
 constexpr int kElementwiseThreads = 256;
 constexpr int kThreadsPerRow = 8;
-// Of the merging of partial results, a warp per row.
+// Of the merge of partial results, one warp per row.
 constexpr int kMergeThreads = 128;
 
 inline constexpr std::array<int, 6> kHeadDims = {32, 48, 64, 96, 128, 256};

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   }
   const int64_t row = thread / kThreadsPerRow;
   const int32_t part = static_cast<int32_t>(thread % kThreadsPerRow);
-  // Whole warps stay for the shuffles.
+  // Threads without a row do not return early: the shuffles need whole warps.
   float sum = 0.0f;
   TokenRow at{};
   if (row < p.n_rows) {

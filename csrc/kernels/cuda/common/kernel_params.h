@@ -16,7 +16,7 @@ struct TensorView {
 };
 
 // Rows [begin, end) of the stationary axis that attend to ranges [first_range, next group's first_range) of the
-// streamed axis. Its tiles are worked through by `n_splits` items each, which share accumulators when there are
+// streamed axis. Each of its tiles is processed by `n_splits` items, which share accumulators when there are
 // several.
 struct ScheduleGroup {
   int32_t first_item;
@@ -40,13 +40,13 @@ struct ScheduleView {
   int32_t inline_words[kInlineWords];
 };
 
-// What the items of a tile leave that share its keys, each in an accumulator of its own.
+// Results of the items that share the keys of a tile, one accumulator per item.
 struct PartialResults {
   float* out;         // [batch · heads, n_accumulators, rows of a tile, value_dim]: not yet divided by the sum
   float* statistics;  // [batch · heads, n_accumulators, rows of a tile, 2]: maximum in base 2 (−inf: no key), sum
 };
 
-// Partial results → out and lse, in the order of the splits. Its blocks are those of the forward.
+// Partial results → out and lse, in the order of the splits. It has as many blocks as the forward.
 struct MergeKernelParams {
   PartialResults partial;
   void* out;   // [batch, n_queries, heads, value_dim]
@@ -98,8 +98,8 @@ struct RopeFreqsKernelParams {
   int32_t head_dim;
 };
 
-// Carries schedule words to device memory inside a launch: unlike a copy from host memory it needs no synchronisation
-// and a captured graph owns it.
+// Carries schedule words to device memory inside a launch: unlike a copy from host memory, it needs no synchronisation,
+// and a captured graph owns the words.
 constexpr int kUploadWords = 8000;
 struct UploadKernelParams {
   int32_t* destination;

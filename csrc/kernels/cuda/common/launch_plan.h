@@ -17,8 +17,8 @@ namespace anchor_attention::cuda {
 enum class Generation : int32_t { sm80, sm90 };
 
 // The newest generation that a device of compute capability `major`.x runs. `pinned` is the value of the environment
-// variable ANCHOR_ATTENTION_CUDA_KERNELS or null: "sm80" pins those kernels; throws std::invalid_argument for what is
-// unknown.
+// variable ANCHOR_ATTENTION_CUDA_KERNELS or null: "sm80" pins those kernels. Throws std::invalid_argument for any
+// other value.
 Generation generation_of(int major, const char* pinned);
 
 enum class KernelKind : int32_t {
@@ -65,8 +65,8 @@ struct PlanOptions {
   Generation generation = Generation::sm80;  // the newest that the device runs and the caller allows
 };
 
-// Stands for the workspace in a plan that is made before it is allocated. No pointer, stride or float that a plan holds
-// begins with these 16 bits: not an address that programs have, not a count, and a NaN of its own as a float.
+// Stands for the workspace in a plan that is made before it is allocated. Nothing else that a plan holds begins with
+// these 16 bits: they are no user-space address and no size, and read as a float they are a NaN that nothing computes.
 inline void* const kNoWorkspaceYet = reinterpret_cast<void*>(uintptr_t{0xFFF5} << 48);
 
 // Puts `workspace` in place of kNoWorkspaceYet, wherever the plan points into it.

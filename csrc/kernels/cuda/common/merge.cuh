@@ -1,4 +1,4 @@
-// Puts together the results of items that share the keys of a tile of queries.
+// Merges the partial results of the items that share the keys of a tile of queries.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ __device__ inline float sum_over_warp(float value) {
   return value;
 }
 
-// A block per item, a warp per row: the items of a tile share its rows as they have shared its keys, so that few rows
-// of many splits occupy as many multiprocessors as the forward did.
+// One block per item, one warp per row: the items of a tile divide its rows as they divided its keys, so that a few
+// rows with many splits occupy as many multiprocessors as in the forward.
 template <class P>
 __global__ void __launch_bounds__(kMergeThreads) attention_merge(const __grid_constant__ MergeKernelParams p) {
   constexpr int kWarps = kMergeThreads / 32;

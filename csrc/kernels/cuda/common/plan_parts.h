@@ -60,7 +60,7 @@ void add_launch(Plan& plan, const KernelId& kernel, int64_t n_blocks, int thread
                     std::move(tensor_maps)};
   Params own = params;
 #if __has_builtin(__builtin_clear_padding)
-  // What lay in memory before must not look like kNoWorkspaceYet.
+  // Stale bytes in the padding must not look like kNoWorkspaceYet.
   __builtin_clear_padding(&own);
 #endif
   std::memcpy(launch.params.data(), &own, sizeof(Params));
@@ -88,26 +88,26 @@ void add_rope(Plan& plan, const RopeTask& task, bool conjugate);
 void add_rope_freqs_gradient(Plan& plan, const RopeTask& task, const TensorView& grad_out, void* grad_freqs,
                              bool shared_by_batch);
 
-// A forward table as the schedule takes it: queries are the stationary axis.
+// A forward table in the form that schedules are made from: queries are the stationary axis.
 RangesView view_of(const KeyRangeTableView& table);
 
-// Fills a kernel's view of a schedule, with launches that carry it to the device where it is too large to travel along.
+// Fills a kernel's view of a schedule. One too large for the kernel's parameters is uploaded by launches of its own.
 void place_schedule(ScheduleView& view, const Schedule& schedule, Plan& plan, Workspace& workspace);
 
-// Room for what the items of split tiles leave; null where no tile is split.
+// Reserves memory for the partial results of split tiles; null where no tile is split.
 PartialResults take_partial_results(const AttentionParams& params, const Schedule& schedule, int rows,
                                     Workspace& workspace);
 
-// Appends the launch that puts partial results together, where there are any. `rows` of a tile of the schedule.
+// Appends the launch that merges partial results, if there are any. `rows`: those of a tile of the schedule.
 void add_merge(Plan& plan, const AttentionParams& params, const ScheduleView& schedule, const PartialResults& partial,
                int rows);
 
 void check_sizes(const AttentionParams& params);
 
-// Zero would turn −inf scores into NaN; below this factor every score is as good as zero.
+// Zero would turn −inf scores into NaN; below this factor every score is effectively zero.
 float scale_log2(double scale);
 
-// As kernels receive it; of tensors without heads it is not used.
+// As kernels receive it; unused where tensors have no heads.
 inline int32_t heads_per_kv_head(const AttentionParams& params) {
   return params.kv_heads == 0 ? 1 : static_cast<int32_t>(params.heads_per_kv_head());
 }

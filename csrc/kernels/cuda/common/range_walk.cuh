@@ -96,7 +96,7 @@ class RangeWalk {
 
   __device__ int32_t count_tiles() const {
     uint32_t tiles = 0;
-    // Unrolled, this and the loop of restrict_to take registers that loading warps do not have.
+    // Unrolled, this loop and that of restrict_to would take registers that loading warps do not have.
 #pragma unroll 1
     for (int32_t range = range_; range < last_range_; ++range) {
       tiles += static_cast<uint32_t>(range_end(range) - range_begin(range) + kColumns - 1) / kColumns;
@@ -104,7 +104,7 @@ class RangeWalk {
     return static_cast<int32_t>(tiles);
   }
 
-  // Leaves the tiles of one of an item's splits, whatever the mask says of them.
+  // Restricts the walk to the tiles of the item's split; masked tiles count.
   __device__ void take_share(const WorkItem& work) {
     if (work.n_splits == 1) return;
     const int32_t tiles = count_tiles();
@@ -113,7 +113,7 @@ class RangeWalk {
     restrict_to(work.split * share + min(work.split, rest), share + (work.split < rest ? 1 : 0));
   }
 
-  // Leaves out the first tiles of the walk, ends it after `n_tiles` more, masked ones among them.
+  // Skips the first tiles of the walk and ends it after `n_tiles` more; masked tiles count.
   __device__ void restrict_to(int32_t first_tile, int32_t n_tiles) {
     tiles_left_ = n_tiles;
 #pragma unroll 1
@@ -129,10 +129,10 @@ class RangeWalk {
     }
   }
 
-  // At the end of a walk: goes through the ranges again, as far as restrict_to has left tiles.
+  // At the end of a walk: starts over at the first range, with what restrict_to left of `n_tiles`.
   __device__ void rewind(int32_t first_range) { range_ = first_range; }
 
-  // The next tile, whatever the mask says of it: `count` tokens from `begin` on.
+  // The next tile, masked or not: `count` tokens from `begin` on.
   __device__ bool next_span(int32_t& begin, int32_t& count) {
     if (position_ >= end_) {
       if (range_ >= last_range_) return false;

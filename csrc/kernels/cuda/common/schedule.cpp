@@ -75,7 +75,7 @@ int64_t column_tiles_that_fill(const RangesView& ranges, int rows_per_tile, int 
                                int64_t slots) {
   // A shorter item costs more for its part of the merging than it saves.
   constexpr int64_t kMinColumnTiles = 4;
-  // In column tiles, by estimate: what starting an item takes, and the launch that merges.
+  // Estimated costs, in column tiles, of starting an item and of the launch that merges.
   constexpr int64_t kStartCost = 1;
   constexpr int64_t kMergeCost = 3;
   constexpr int64_t kMoreWaves = 3;
@@ -101,7 +101,7 @@ int64_t column_tiles_that_fill(const RangesView& ranges, int rows_per_tile, int 
     for (const Tiles& tiles : groups) count += tiles.rows * divide_up(tiles.columns, limit);
     return count;
   };
-  // Until the last item ends: exact where items are alike, and else what a greedy order stays below.
+  // Time until the last item ends: exact for items of equal length, otherwise an upper bound for a greedy order.
   const auto time = [&](int64_t limit) {
     int64_t item = 0;
     for (const Tiles& tiles : groups) {
@@ -114,7 +114,7 @@ int64_t column_tiles_that_fill(const RangesView& ranges, int rows_per_tile, int 
   int64_t best_time = time(longest);
   const int64_t waves = divide_up(items(longest), slots);
   for (int64_t more = 0; more <= kMoreWaves; ++more) {
-    // The shortest items of which so many waves hold all.
+    // The shortest items that fit into this many waves.
     int64_t low = kMinColumnTiles;
     int64_t high = longest;
     while (low < high) {
@@ -125,7 +125,7 @@ int64_t column_tiles_that_fill(const RangesView& ranges, int rows_per_tile, int 
         low = middle + 1;
       }
     }
-    // More splits have to be worth it.
+    // More splits have to pay off.
     const int64_t split_time = time(low) + kMergeCost;
     if (20 * split_time >= 19 * best_time) continue;
     best = low;

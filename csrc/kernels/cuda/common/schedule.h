@@ -1,4 +1,4 @@
-// Which tiles there are, and in which order they are worked through. Plain C++.
+// Which tiles there are, and in which order they are processed. Plain C++.
 #pragma once
 
 #include <cstdint>
@@ -28,9 +28,9 @@ struct Schedule {
 struct Sharing {
   int64_t max_column_tiles = std::numeric_limits<int64_t>::max();  // of an item
   int64_t walks = 1;  // how often it goes through the columns: heads of queries that share keys
-  // Whether every item of a split tile has an accumulator of its own. Else they have one in common and add to it one
-  // after another; a tile is then never split more often than the square root of its column tiles, where the time of
-  // the additions and that of an item balance.
+  // Whether every item of a split tile has an accumulator of its own. Otherwise they share one and add to it in turn; a
+  // tile then has no more splits than the square root of its column tiles, where the time of the additions and that of
+  // an item balance.
   bool own_accumulators = false;
 };
 
@@ -39,8 +39,8 @@ struct Sharing {
 Schedule make_schedule(const RangesView& ranges, int64_t n_rows, int rows_per_tile, int columns_per_tile,
                        const Sharing& sharing = {});
 
-// How many column tiles an item should stream so that those of `heads` heads fill `slots` blocks that run at once: see
-// docs/cuda.md. Without a limit where the tiles of rows do that by themselves, or have too few columns to be worth it.
+// How many column tiles an item should stream so that the items of `heads` heads fill `slots` concurrent blocks: see
+// docs/cuda.md. Unlimited where the tiles of rows fill them anyway, or have too few columns for a split to pay off.
 int64_t column_tiles_that_fill(const RangesView& ranges, int rows_per_tile, int columns_per_tile, int64_t heads,
                                int64_t slots);
 

@@ -1,4 +1,4 @@
-// What the running softmax of every generation is made of.
+// Building blocks of the running softmax, shared by all generations.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ __device__ inline float sum_over_quad(float value) {
   return value + __shfl_xor_sync(kFullWarp, value, 2);
 }
 
-// What is subtracted from scaled scores: the maximum, or 0 while a row has met no key (−inf − −inf would be NaN).
+// What is subtracted from scaled scores: the maximum, or 0 while a row has seen no key (−inf − −inf would be NaN).
 __device__ inline float softmax_shift(float maximum, float scale_log2) {
   return maximum == -INFINITY ? 0.0f : maximum * scale_log2;
 }

@@ -1,4 +1,4 @@
-// Tensor maps of bulk tensor copies: what a plan says of one, and what a kernel receives. Plain C++.
+// Tensor maps of bulk tensor copies: how a plan describes one, and what a kernel receives. Plain C++.
 #pragma once
 
 #include <array>

@@ -1,5 +1,5 @@
 // Gradients of keys and values: a block owns a tile of keys and streams the queries that read them, one head after
-// another where several share the keys, whose sum so never leaves the registers. Scores are formed transposed (keys ×
+// another where several share the keys, so that their sum stays in registers. Scores are formed transposed (keys ×
 // queries), so that probabilities leave the accumulators as the left operand of the next product and never pass through
 // shared memory. dV = Pᵀ dO, dK = scale · (P ∘ (dO Vᵀ − delta))ᵀ Q.
 #pragma once
@@ -9,8 +9,8 @@
 
 namespace anchor_attention::sm80 {
 
-// Blocks take items in the order in which they start. Whoever waits for an earlier split of its tile therefore waits
-// for a block that runs already, in whatever order the hardware starts blocks. For one warp.
+// Blocks take items in the order in which they start. One that waits for an earlier split of its tile therefore waits
+// for a block that is already running, in whatever order the hardware starts them. For one warp.
 __device__ inline uint32_t next_item(const BackwardKernelParams& p) {
   if (p.schedule.n_accumulators == 0) return blockIdx.x;
   int32_t item = 0;
@@ -26,8 +26,8 @@ __device__ inline void load_statistics(uint32_t shared, const float2* statistics
   }
 }
 
-// Columns beyond the tile's end hold zeros everywhere, statistics included: their probability is 1, but dO, Q and dS of
-// them are 0, and so is what they add.
+// Columns beyond the tile's end hold zeros everywhere, statistics included: their probability is 1, but their dO, Q
+// and dS are 0, and so is their contribution.
 template <int kRowBlocks, int kStepBlocks>
 __device__ inline void probabilities(Accumulators<kRowBlocks, kStepBlocks>& r_scores, uint32_t s_statistics,
                                      float scale_log2) {
@@ -165,8 +165,8 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
   constexpr int kRowBlocks = Traits::kRowBlocks;
   extern __shared__ Chunk shared_memory[];
 
-  // The work item rests in shared memory during the loop: the accumulators leave no registers for what is needed once a
-  // tile or at the end.
+  // The work item stays in shared memory during the loop: the accumulators leave no registers for what is needed once
+  // per tile or at the end.
   __shared__ WorkItem s_work;
   if (threadIdx.x < 32) {
     const WorkItem found = find_work_item(p.schedule, next_item(p), p.kv_heads, kRows);
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
   const uint32_t s_statistics = s_grad_out + kPipelineStages * Traits::kColumnTileBytes;
   const uint32_t warp_rows = threadIdx.x / 32 * 16 * kRowBlocks * kStride + lane_offset_a<kStride>();
 
-  // Of the queries of the next tile. Those that share these keys follow each other.
+  // Head of the next tile of queries. Heads that share these keys follow each other.
   int32_t head = work.head * p.heads_per_kv_head;
   const auto load_stage = [&](const StreamedTile& tile, int stage) {
     const ValidColumns valid{tile.valid};
@@ -234,9 +234,9 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
 
   const bool has_rows = warp_has_rows<kRowBlocks>(work);
   for (int stage = 0; exists; stage ^= 1) {
-    const int columns = has_rows ? __popcll(tile.valid) : 0;  // without a mask they are the first ones
+    const int columns = has_rows ? __popcll(tile.valid) : 0;  // the first ones: this walk has no mask
     ptx::cp_async_wait<0>();
-    __syncthreads();  // this tile is here, and the other stage is read no more
+    __syncthreads();  // this tile has arrived, and nobody reads the other stage any more
     exists = next_tile(tile);
     if (exists) load_stage(tile, stage ^ 1);
 
@@ -264,8 +264,8 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
   }
 
   if (s_work.n_splits > 1) {
-    // Splits of a tile add up in their order, which makes the sum the same in every run, and in one place, which bounds
-    // memory by one float32 copy of each gradient.
+    // Splits of a tile are added in order, which makes the sum the same in every run, and in one place, which limits
+    // memory to one float32 copy of each gradient.
     constexpr int kTileElements = kRows * kHeadDim;
     constexpr int kGradientsPerTile = kWantsKey && kWantsValue ? 2 : 1;
     await_turn(p, s_work);

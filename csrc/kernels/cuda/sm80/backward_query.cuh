@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
   RangeWalk<kColumns> walk(p.schedule, work.first_range, work.last_range, mask);
   StreamedTile tile{};
   bool exists = walk.next(tile);
-  // Where no key is read, the gradient is written without waiting: nothing may still be reading the queries, which are
-  // in its place.
+  // Loads only where a key is read: elsewhere the gradient is written without waiting, in the place of the queries, and
+  // nothing may still be reading them.
   if (exists) {
     const FirstRows rows{work.end - work.begin};
     load_tile<P, kHeadDim, kRows, Traits::kThreads>(s_q, p.q, head_pointer<P>(p.q, work.batch, work.head), work.begin,
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
   for (int stage = 0; exists; stage ^= 1) {
     const uint64_t valid = tile.valid;
     ptx::cp_async_wait<0>();
-    __syncthreads();  // this tile is here, and the other stage is read no more
+    __syncthreads();  // this tile has arrived, and nobody reads the other stage any more
     exists = walk.next(tile);
     if (exists) load_stage(tile, stage ^ 1);
 

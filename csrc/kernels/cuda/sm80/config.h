@@ -130,7 +130,7 @@ constexpr int shared_bytes(Pass pass, Precision precision, int native_head_dim) 
          statistics;
 }
 
-// What a kernel declares beside its dynamic shared memory; only the key pass does.
+// Shared memory that a kernel declares statically; only the key pass does.
 constexpr int static_shared_bytes(Pass pass) { return pass == Pass::backward_key ? 64 : 0; }
 
 constexpr bool tables_are_consistent() {

@@ -1,5 +1,5 @@
-// The forward pass: a block owns a tile of queries of one group, walks the group's key ranges and keeps the softmax
-// running. Names: s shared, r registers.
+// The forward pass: a block owns a tile of queries of one group, walks the group's key ranges and keeps a running
+// softmax. Names: s shared, r registers.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +54,7 @@ __device__ inline void load_rotated_q(uint32_t s_q, const ForwardKernelParams& p
   }
 }
 
-// Scores → probabilities against a running maximum; output and sum are brought to it where it moved.
+// Scores → probabilities relative to a running maximum; output and sum are rescaled where it moved.
 template <int kRowBlocks, int kScoreBlocks, int kOutBlocks>
 __device__ inline void online_softmax(Accumulators<kRowBlocks, kScoreBlocks>& r_scores,
                                       Accumulators<kRowBlocks, kOutBlocks>& r_out, SoftmaxState<kRowBlocks>& state,
@@ -141,7 +141,7 @@ __device__ inline void store_out(const ForwardKernelParams& p, const WorkItem& w
   }
 }
 
-// What a split of the tile's keys gives, for attention_merge.
+// Stores the partial result of a split of the tile's keys, for attention_merge.
 template <int kRows, int kRowBlocks, int kOutBlocks>
 __device__ inline void store_partial(const ForwardKernelParams& p, const WorkItem& work,
                                      const Accumulators<kRowBlocks, kOutBlocks>& r_out,
@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
   const uint32_t lane_k = s_k + lane_offset_b<kStride>();
   const uint32_t lane_v = s_v + lane_offset_transposed_b<P, kStride>();
 
-  // Two commit groups per tile, empty ones after the last, so that the number under way is always known.
+  // Two commit groups per tile, empty ones after the last, so that the number in flight is always known.
   const auto load_stage = [&](const StreamedTile& tile, bool exists, int stage) {
     const ValidColumns valid{tile.valid};
     if (exists) {
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(Traits::kThreads) __maxnreg__(Traits::kShape.m
   for (int stage = 0; exists; stage ^= 1) {
     const uint64_t valid = tile.valid;
     ptx::cp_async_wait<1>();
-    __syncthreads();  // the keys are here, and the other stage is read no more
+    __syncthreads();  // the keys have arrived, and nobody reads the other stage any more
     exists = walk.next(tile);
     load_stage(tile, exists, stage ^ 1);
 

@@ -128,9 +128,9 @@ inline constexpr int kUnrolledSteps = P::kPrecision == Precision::tf32x3 ? 1
                                       : kSteps > 8                       ? 4
                                                                          : kSteps;
 
-// The widest tiles serve head sizes down to half of theirs and pass over the channels that do not exist, so many at a
-// time. The branches also end the stretches over which the compiler schedules: without them it loads so far ahead that
-// three products spill.
+// The widest tiles serve head sizes down to half their own and skip channels that do not exist, this many at a time.
+// The branches also end the stretches over which the compiler schedules: without them it loads so far ahead that three
+// products spill.
 template <int kHeadDim>
 inline constexpr bool kServesManySizes = kHeadDim > 128;
 template <class P>

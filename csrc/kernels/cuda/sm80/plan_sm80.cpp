@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kMinColumnTilesPerItem = 8;
 // Items per multiprocessor that a split aims at: enough for two resident blocks and an even end.
 constexpr int64_t kItemsPerMultiprocessor = 4;
-// Of the forward, as the registers of its kernels allow. Where shared memory holds but one, they take turns.
+// Of the forward, as its registers allow. Where shared memory holds only one block, the two run one after the other.
 constexpr int64_t kBlocksPerMultiprocessor = 2;
 
 void add_attention_launch(Plan& plan, Pass pass, const KernelId& kernel, int64_t n_blocks, const auto& kernel_params) {
@@ -105,10 +105,10 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
   const Strides contiguous = contiguous_strides(forward.n_queries, forward.heads, forward.head_dim);
 
   Plan plan;
-  Plan passes;  // appended after what prepares them
+  Plan passes;  // launched after what prepares them
   Workspace workspace(workspace_base);
 
-  // The gradient of q lies where the rotated queries lay: no copy of q beside the outputs, and the block that
+  // The gradient of q takes the place of the rotated queries: no copy of q besides the outputs, and the block that
   // overwrites queries is the only one of its pass that reads them.
   void* grad_q = params.grad_q;
   if (grad_q == nullptr && rotated)

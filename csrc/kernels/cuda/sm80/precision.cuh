@@ -51,8 +51,8 @@ __device__ inline void mma(float (&d)[4], const Fragment<P, 4>& a, const Fragmen
   } else if constexpr (P::kPrecision == Precision::tf32) {
     ptx::mma_m16n8k8_tf32(d, a.words, b.words);
   } else {
-    // The matrix unit cuts its sums toward zero: over thousands of steps that bias would exceed what the three products
-    // gain. So a step starts from zero, small terms first, and the long sum is rounded to nearest.
+    // The matrix unit rounds its sums toward zero: over thousands of steps that bias would exceed what the three
+    // products gain. So a step starts from zero, small terms first, and the long sum is rounded to nearest.
     float step[4] = {};
     ptx::mma_m16n8k8_tf32(step, a.remainders, b.words);
     ptx::mma_m16n8k8_tf32(step, a.words, b.remainders);

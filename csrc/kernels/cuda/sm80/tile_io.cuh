@@ -44,7 +44,7 @@ __device__ inline void load_tile(uint32_t shared, const TensorView& tensor, cons
     }
     return;
   }
-  // Rows that start anywhere are rare: one element at a time, and not unrolled, which keeps registers for the products.
+  // Unaligned rows are rare: one element at a time, and not unrolled, which keeps registers for the products.
 #pragma unroll 1
   for (int32_t index = thread; index < kRows * kHeadDim; index += kThreads) {
     const int32_t row = index / kHeadDim;

@@ -17,18 +17,18 @@
 
 namespace anchor_attention::sm90 {
 
-// Barrier 0 is that of the whole block.
+// Barrier 0 is that of __syncthreads.
 enum BackwardNamedBarrier : uint32_t { kConsumersBarrier = 1 };
 
 struct BackwardBarriers {
   uint64_t keys;
-  uint64_t full[kBackwardStages];   // queries, dO and statistics of a stage are there
+  uint64_t full[kBackwardStages];   // queries, dO and statistics of a stage have arrived
   uint64_t empty[kBackwardStages];  // and have been used
   uint64_t gradient_full;           // dQ of a tile is in shared memory
   uint64_t gradient_empty;
 };
 
-// What a block has besides its tiles.
+// What a block keeps in shared memory besides its tiles.
 struct BackwardBlock {
   BackwardBarriers barriers;
   KeyItem item;
@@ -38,7 +38,7 @@ static_assert(sizeof(BackwardBlock) <= kBackwardStaticSharedBytes);
 
 constexpr int kConsumerWarps = kBackwardConsumers / 32;
 
-// Among [batch, heads] of the queries.
+// Index into [batch, heads] of the queries.
 __device__ inline int64_t batch_head(const BackwardKernelParams& p, const KeyItem& item, const QueryTile& tile) {
   return static_cast<int64_t>(item.batch) * p.kv_heads * p.heads_per_kv_head + tile.head;
 }
@@ -69,7 +69,7 @@ __device__ inline void initialise(BackwardBarriers& barriers) {
   ptx::fence_mbarrier_init();
 }
 
-// A tile of kRows tokens, block of channels by block of channels.
+// Loads a tile of kRows tokens, one copy per block of channels.
 template <class Traits, int kRows>
 __device__ inline void load_tile(uint32_t shared, const TensorMap& map, const AxisSteps& steps, int32_t token,
                                  int32_t batch, int32_t head, uint32_t barrier) {
@@ -123,8 +123,8 @@ __device__ inline void load_tiles(const BackwardKernelParams& p, BackwardBlock& 
   }
 }
 
-// The adding warp: takes dQ of each tile from shared memory to the sums, when it is the block's turn. The first block
-// of a tile stores instead: nothing has to clear the sums.
+// The adding warp: adds dQ of each tile from shared memory to the sums when it is the block's turn. The first block of
+// a tile stores instead, so that nothing has to clear the sums.
 template <class Traits>
 __device__ inline void add_query_gradients(const BackwardKernelParams& p, BackwardBlock& block, uint32_t shared) {
   if (!is_first_lane()) return;
@@ -152,7 +152,7 @@ __device__ inline void add_query_gradients(const BackwardKernelParams& p, Backwa
   }
 }
 
-// In place of all roles, where every key of the block is masked: others still count on its turns.
+// Replaces all roles where every key of the block is masked: other blocks still wait for its turns.
 template <class Traits>
 __device__ inline void pass_turns(const BackwardKernelParams& p, const KeyItem& item) {
   constexpr int kFloats = Traits::kQueryGradientBytes / 4;
@@ -174,8 +174,8 @@ __device__ inline void pass_turns(const BackwardKernelParams& p, const KeyItem& 
   }
 }
 
-// Zeroes the rows of a tile that must not take part, by all consumers: what they hold, NaN maybe, would reach the sums
-// over rows. For wgmma to see it, the caller passes a barrier.
+// All consumers zero the rows of a tile that must not take part: their contents, possibly NaN, would reach the sums
+// over rows. The caller synchronises before wgmma reads the tile.
 template <class Traits, int kRows>
 __device__ inline void clear_rows(uint32_t tile, const auto& keeps) {
   constexpr uint32_t kZeros[4] = {};
@@ -190,7 +190,7 @@ __device__ inline void clear_rows(uint32_t tile, const auto& keeps) {
 }
 
 // Waits for a tile of queries. Rows beyond the range are made zero, as their statistics are: their probability is 1,
-// but dO, Q and dS are 0, and so is what they add.
+// but dO, Q and dS are 0, and so is their contribution.
 template <class Traits>
 __device__ inline void await_queries(BackwardBlock& block, uint32_t q, uint32_t grad_out, uint32_t n) {
   wait_phase(block.barriers.full[n % kBackwardStages], n / kBackwardStages);
@@ -203,7 +203,7 @@ __device__ inline void await_queries(BackwardBlock& block, uint32_t q, uint32_t 
   sync_consumers();
 }
 
-// Splits of a tile add up in their order, which makes the sum the same in every run. False where later ones follow.
+// Splits of a tile are added in order, so the sum is the same in every run. Returns false where later splits follow.
 template <class Traits>
 __device__ inline bool add_splits(const BackwardKernelParams& p, const KeyItem& item,
                                   float (&grad_k)[Traits::kKeyGradient], float (&grad_v)[Traits::kKeyGradient]) {
@@ -253,12 +253,12 @@ __device__ inline void store_gradient(void* gradient, const BackwardKernelParams
   }
 }
 
-// The two multiplying warpgroups.
+// The two consumer warpgroups, which multiply.
 template <class P, int kHeadDim, QueryGradient kQueryGradient, class Traits = BackwardTraits<P, kHeadDim>>
 __device__ inline void multiply_tiles(const BackwardKernelParams& p, BackwardBlock& block, uint32_t shared,
                                       const float* statistics, float4* query_gradients) {
   constexpr bool kAddsQueryGradients = kQueryGradient == QueryGradient::accumulated;
-  // From one lane: the compiler then knows that descriptors are the same in the whole warp.
+  // Broadcast from one lane, so that the compiler knows descriptors to be uniform across the warp.
   const uint32_t warpgroup = __shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads - 1, 0);
   const uint32_t keys_k = shared + Traits::kAt.k + warpgroup * kWarpgroupRows * Traits::kRowBytes;
   const uint32_t keys_v = shared + Traits::kAt.v + warpgroup * kWarpgroupRows * Traits::kRowBytes;
@@ -310,7 +310,7 @@ __device__ inline void multiply_tiles(const BackwardKernelParams& p, BackwardBlo
         for (int i = 2 * row; i < Traits::kScores; i += 4) r_scores[i] = r_scores[i + 1] = 0.0f;
       }
     }
-    // dV needs P alone: it starts before dS is there.
+    // dV needs only P: it starts before dS is ready.
     to_operand<P>(r_p, r_scores);
     ptx::wgmma_fence();
     pv_gemm<P, kHeadDim>(r_grad_v, r_p, grad_out_of(n));
@@ -324,8 +324,8 @@ __device__ inline void multiply_tiles(const BackwardKernelParams& p, BackwardBlo
     if constexpr (kAddsQueryGradients) {
       store_score_gradients(r_ds, tile);
       ptx::fence_async_proxy();
-      // dS of both warpgroups is there; and both have finished dQ of the tile before, so that in the next round the
-      // other tile of dS may be overwritten.
+      // dS of both warpgroups is ready, and both have finished dQ of the previous tile, so that the next round may
+      // overwrite the other tile of dS.
       sync_consumers();
     }
     ptx::wgmma_fence();
@@ -336,7 +336,7 @@ __device__ inline void multiply_tiles(const BackwardKernelParams& p, BackwardBlo
     pv_gemm<P, kHeadDim>(r_grad_k, r_ds, q_of(n));
     ptx::wgmma_commit();
 
-    // dK still runs while dQ is handed over and the next scores are queued: the tensor cores do not run dry.
+    // dK still runs while dQ is handed over and the next scores are queued: the tensor cores stay busy.
     ptx::wgmma_wait<1>();
     ptx::keep_order(r_grad_v);
     keep_order(r_p);

@@ -39,7 +39,7 @@ inline constexpr std::array<BackwardTile, 5> kBackwardTiles = {{
     {32, 128, 32},  // 128 + 32: bound by exp2
     {48, 128, 16},  // 128 + 48; 48 channels are no multiple of a wider swizzle
     {64, 128, 64},  // 128 + 64
-    {96, 64, 16},   // 64 + 96; 128 queries would leave no register besides; dQ is cut in halves of 48 channels
+    {96, 64, 16},   // 64 + 96; 128 queries would leave no other registers; dQ is cut in halves of 48 channels
     {128, 64, 64},  // 64 + 128
 }};
 
@@ -84,7 +84,7 @@ constexpr BackwardShared backward_shared(int native_head_dim) {
   return at;
 }
 
-// What the kernel declares beside its dynamic shared memory.
+// Shared memory that the kernel declares statically.
 constexpr int kBackwardStaticSharedBytes = 256;
 
 constexpr int backward_shared_bytes(int native_head_dim) {

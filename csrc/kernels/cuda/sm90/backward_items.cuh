@@ -1,4 +1,4 @@
-// What a block of the backward works on: a tile of keys, and its way through the tiles of the queries that read them.
+// What a block of the backward works on: a tile of keys, and the walk through the tiles of queries that read it.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ struct KeyItem {
   int32_t first_head;                 // of queries: earlier splits have those before
   int32_t skipped_tiles;              // of queries of that head
   int32_t n_tiles;                    // of queries of all heads
-  uint32_t kept[kBackwardKeys / 32];  // a bit per key: it is there and not masked
+  uint32_t kept[kBackwardKeys / 32];  // a bit per key: in range and not masked
 
   __device__ bool keeps(int32_t key) const { return (kept[key / 32] >> key % 32 & 1) != 0; }
   __device__ bool keeps_all() const { return (kept[0] & kept[1] & kept[2] & kept[3]) == ~0u; }
@@ -40,7 +40,7 @@ struct QueryTile {
   int32_t turn;   // how many additions to the tile come before
 };
 
-// Through the ranges of an item, once for each head of queries that shares the keys, or of its split's share of that.
+// Walks the ranges of an item once per head of queries that shares the keys, or its split's share of that walk.
 template <int kQueries>
 class QueryWalk {
  public:
@@ -110,8 +110,8 @@ class QueryWalk {
 };
 
 // The next item, for one warp. Blocks take items in the order in which they start, and wait only for earlier items:
-// whoever waits, waits for a block that runs already. Heads of keys alternate, so that blocks that run together seldom
-// add to the same tile of queries; the splits of a tile of keys follow each other for the same reason.
+// for blocks that are already running. Heads of keys alternate, so that concurrent blocks seldom add to the same tile
+// of queries; the splits of a tile of keys follow each other for the same reason.
 template <int kQueries>
 __device__ inline KeyItem take_item(const BackwardKernelParams& p) {
   const int32_t lane = static_cast<int32_t>(threadIdx.x % 32);
@@ -149,7 +149,7 @@ __device__ inline KeyItem take_item(const BackwardKernelParams& p) {
   return item;
 }
 
-// Waits until a counter has come to `turn`.
+// Waits until a counter has reached `turn`.
 __device__ inline void await_turn(const int32_t* counter, int32_t turn) {
   while (ptx::load_acquire(counter) != turn) __nanosleep(64);
 }

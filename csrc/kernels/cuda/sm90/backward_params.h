@@ -11,7 +11,7 @@
 
 namespace anchor_attention::sm90 {
 
-// Follows the ranges of a schedule, one for each: where the tiles of queries of the range lie, and when a block may add
+// Stored behind the ranges of a schedule, one for each range: where its tiles of queries lie, and when a block may add
 // to them.
 struct RangeTurns {
   int32_t first_query_tile;

@@ -34,7 +34,7 @@ struct BackwardTraits {
   static constexpr int kQueryGradient = kQueryGradientChannels / 2;
 };
 
-// Tells the compiler that earlier values are of no use: a product that does not accumulate still takes its registers as
+// Tells the compiler that earlier values are dead: a product that does not accumulate still takes its registers as
 // inputs, and they would stay alive until then.
 template <int kCount>
 __device__ inline void forget(float (&registers)[kCount]) {
@@ -64,7 +64,7 @@ __device__ inline void to_operand(ScoreOperand<kScores>& operand, const float (&
   for (int i = 0; i < kScores / 2; ++i) operand.words[i / 4][i % 4] = P::pack(scores[2 * i], scores[2 * i + 1]);
 }
 
-// A descriptor of what lies `bytes` further; the address is its lowest field, in units of 16 bytes.
+// The same descriptor, `bytes` further on; the address is its lowest field, in units of 16 bytes.
 __device__ inline uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
 
 // scores = keys · queriesᵀ, both as rows of channels in shared memory; `keys` begins at the warpgroup's rows.
@@ -96,7 +96,7 @@ __device__ inline void pv_gemm(float (&gradient)[Traits::kKeyGradient], const Sc
 }
 
 // gradient = dS · keys for this warpgroup's share of the tile: 64 of its queries and all channels or, where there are
-// but 64 queries, half of the channels. Contracts the keys of both warpgroups.
+// only 64 queries, half of the channels. Contracts the keys of both warpgroups.
 template <class P, int kHeadDim, class Traits = BackwardTraits<P, kHeadDim>>
 __device__ inline void dsk_gemm(float (&gradient)[Traits::kQueryGradient], uint32_t score_gradients, uint32_t keys,
                                 uint32_t warpgroup) {

@@ -17,7 +17,7 @@ __device__ inline int fragment_index(int row, int block) {
   return block % kBlocks * kBackwardConsumers + warpgroup * kWarpgroupThreads + row % 64 / 16 * 32 + row % 8 * 4;
 }
 
-// A block has a tile of queries, a thread eight channels of two rows at a time.
+// A block handles a tile of queries, a thread eight channels of two rows at a time.
 template <class P, int kHeadDim, class Traits = BackwardTraits<P, kHeadDim>>
 __global__ void __launch_bounds__(kQueryGradientThreads)
     attention_query_gradient(const __grid_constant__ QueryGradientKernelParams p) {

@@ -50,7 +50,7 @@ std::vector<std::pair<int32_t, int32_t>> first_tiles(const Schedule& queries) {
 
 // Appends the RangeTurns. Turns at a tile of queries follow the order of the items, the tiles of keys of a group one
 // after another, and where a group reads the queries several times, all turns of one of its tiles of keys together:
-// nobody waits for a later item.
+// no item waits for a later one.
 void append_turns(Schedule& keys, const Schedule& queries) {
   const auto tiles = first_tiles(queries);
   std::vector<int64_t> turns(tiles.size());

@@ -16,8 +16,8 @@ struct BackwardSchedule {
 };
 
 // Tiles of queries end where a group of the table ends: then every key tile that reads a query of a tile reads all of
-// them, and a tile's additions can be counted ahead. A tile of keys with many tiles of queries is worked through by
-// several items, so that the grid holds `items` of them or more.
+// them, and a tile's additions can be counted ahead. A tile of keys with many tiles of queries is processed by
+// several items, so that the grid has at least `items`.
 BackwardSchedule make_backward_schedule(const KeyRangeTableView& table, int64_t n_queries, int64_t n_keys,
                                         int queries_per_tile, int64_t items, int64_t heads_per_kv_head);
 

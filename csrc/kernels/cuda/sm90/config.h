@@ -74,7 +74,7 @@ constexpr bool forward_tiles_are_consistent() {
     if (tile.slab_channels != 32 && tile.slab_channels != 64) return false;
     if (tile.query_bytes() % 1024 != 0 || tile.tile_bytes() % 1024 != 0) return false;
     if (forward_shared_bytes(tile.head_dim) > kMaxSharedBytes) return false;
-    // Registers are shared out by warpgroups from what the launch gives all of them: 64 Ki, in eights per thread.
+    // Warpgroups redistribute the registers of the launch, 64 Ki in total, in multiples of eight per thread.
     const int at_launch = 65536 / tile.threads() / 8 * 8;
     if (tile.producer_registers + tile.consumers * tile.consumer_registers > (1 + tile.consumers) * at_launch)
       return false;

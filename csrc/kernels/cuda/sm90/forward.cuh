@@ -1,5 +1,5 @@
 // The forward pass of sm_90a: one warpgroup loads, the others own 64 queries each, walk the tiles of keys together and
-// keep the softmax running. Blocks stay and take one item after another. Names: s shared, r registers.
+// keep a running softmax. Blocks are persistent and take one item after another. Names: s shared, r registers.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +55,7 @@ class ForwardConsumer {
         pass_over();
       }
     }
-    // The last turn that is passed on has to be taken, too.
+    // The last turn that was passed on has to be taken as well.
     if (Traits::kPingPong && warpgroup_ == 0) take_turn();
     if (thread_ == 0) ptx::bulk_wait_read<0>();
   }
@@ -94,12 +94,12 @@ class ForwardConsumer {
       exponentiate<Traits::kPolynomialEvery>(r_scores, state, rescaling, p_.scale_log2);
       pack_probabilities(r_probabilities, r_scores);
       wait_for_more_keys(note);
-      // The products of a tile's scores are under way while the previous tile's probabilities are formed and
-      // multiplied.
+      // Each round has two products in flight: the scores of this tile, and the previous tile's probabilities times its
+      // values.
       while ((note.flags & kLastOfItem) == 0) {
         const RingPosition<kStages> previous = ring_;
         ring_.advance();
-        // Here, where no product is under way yet: the compiler would fence again after a loop.
+        // Waits here, before any product is in flight: after a loop among them, the compiler would fence again.
         ptx::mbarrier_wait(ptx::shared_address(&control().v_full[previous.stage]), previous.parity);
         take_turn();
         ptx::keep_order(r_scores);
@@ -117,8 +117,8 @@ class ForwardConsumer {
         if ((note.flags & kPartial) != 0) mask_scores(r_scores, note.valid);
         const Rescaling next_rescaling = move_maximum(r_scores, state, p_.scale_log2);
         exponentiate<Traits::kPolynomialEvery>(r_scores, state, next_rescaling, p_.scale_log2);
-        // Before the next wait, not at the head of the loop: the compiler moves that wait up to here, but not across a
-        // branch, and the exponentials would come after it.
+        // Before the next wgmma_wait, not at the head of the loop: the compiler hoists that wait, but not across a
+        // branch; without one here, the wait would come before the exponentials.
         wait_for_more_keys(note);
         ptx::wgmma_wait<0>();
         ptx::keep_order(r_out);
@@ -137,7 +137,7 @@ class ForwardConsumer {
       release(control().v_empty, ring_.stage);
       ring_.advance();
     }
-    // Found again, because the products leave no registers to remember it.
+    // Searched again, because the products leave no registers to keep it in.
     const cuda::WorkItem work = find_work(index);
     if (work.n_splits > 1) {
       store_partial(work, r_out, state);
@@ -146,7 +146,7 @@ class ForwardConsumer {
     }
   }
 
-  // Keeps the others' pace and computes nothing, where this warpgroup has no rows, or the item no keys.
+  // Keeps pace with the other warpgroups without computing, where this one has no rows or the item has no keys.
   __device__ void pass_over() {
     uint32_t flags;
     do {
@@ -154,8 +154,8 @@ class ForwardConsumer {
       take_turn();
       pass_turn();
       flags = read_note().flags;
-      // Nobody else holds this warpgroup back: without a wait it would give a buffer of values back before they have
-      // come and, two rounds of the ring later, what the loading warp waits for would look like what it has had.
+      // Nothing else slows this warpgroup down: without a wait it would release a buffer before its values have arrived
+      // and, two rounds of the ring later, the loading warp would take an old phase for the one that it waits for.
       wait_for(control().v_full);
       release(control().v_empty, ring_.stage);
       ring_.advance();
@@ -168,7 +168,7 @@ class ForwardConsumer {
     ptx::mbarrier_wait(ptx::shared_address(&barriers[ring_.stage]), ring_.parity);
   }
 
-  // For the keys of the tile after the one that `note` goes with.
+  // Waits for the keys of the tile that follows the one of `note`.
   __device__ void wait_for_more_keys(const TileNote& note) const {
     if ((note.flags & kLastOfItem) != 0) return;
     RingPosition<kStages> next = ring_;
@@ -181,7 +181,7 @@ class ForwardConsumer {
     if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(ptx::shared_address(&barriers[stage]));
   }
 
-  // What goes with the keys that have just been multiplied, which are given back with it.
+  // Reads the note of the keys that have just been multiplied, and releases their buffer.
   __device__ TileNote read_note() const {
     const TileNote& source = control().notes[ring_.stage];
     TileNote note{};
@@ -210,7 +210,7 @@ class ForwardConsumer {
   }
 
   __device__ void load_rotated_q(const cuda::WorkItem& work) const {
-    // Of whole slabs: the copy that brings the output out of here reads them.
+    // Whole slabs are written: the copy that later stores the output from here reads whole slabs.
     constexpr int kChunks = Traits::kSlabs * Traits::kSlabChannels / 8;
     constexpr int kSteps = kWarpgroupRows * kChunks / kWarpgroupThreads;
     static_assert(kWarpgroupRows * kChunks % kWarpgroupThreads == 0, "threads copy equal shares");
@@ -223,7 +223,7 @@ class ForwardConsumer {
     };
     const auto exists = [&](int step) { return work.begin + row(step) < work.end && channel(step) < p_.head_dim; };
 
-    // All loads are under way before the first is used.
+    // All loads are issued before the first is used.
     Chunk chunks[kSteps] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -241,7 +241,7 @@ class ForwardConsumer {
       for (int i = 0; i < 8; ++i) values[i] *= p_.q_sign;
       chunks[step] = pack<P>(values);
     }
-    // The rows may still be on their way out as the previous item's output.
+    // The previous item's output may still be on its way out of these rows.
     if (thread_ == 0) ptx::bulk_wait_read<0>();
     synchronise_warpgroup();
 #pragma unroll
@@ -315,7 +315,7 @@ class ForwardConsumer {
     }
   }
 
-  // What a split of the tile's keys gives, for attention_merge.
+  // Stores the partial result of a split of the tile's keys, for attention_merge.
   __device__ void store_partial(const cuda::WorkItem& work, const float (&r_out)[Traits::kOutputs],
                                 const SoftmaxState& state) const {
     const int32_t first_row = static_cast<int32_t>(thread_ / 32 * 16 + thread_ % 32 / 4);
@@ -340,7 +340,7 @@ class ForwardConsumer {
     }
   }
 
-  // Through the shared memory of the queries, which are not needed any more.
+  // Stores through the shared memory of the queries, which are no longer needed.
   __device__ void store_whole_rows(const cuda::WorkItem& work, const float (&r_out)[Traits::kOutputs]) const {
     synchronise_warpgroup();
     const uint32_t lane = thread_ % 32;

@@ -15,7 +15,7 @@
 
 namespace anchor_attention::sm90 {
 
-// What goes with a tile of keys.
+// Accompanies a tile of keys.
 struct TileNote {
   uint32_t valid[4];  // bit i: key i takes part; only read where a tile is partial
   uint32_t flags;
@@ -224,7 +224,7 @@ __device__ inline void load_values(const ForwardKernelParams& p, const ForwardSh
 }
 
 // Zeroes the values of keys that take no part: their probabilities are zero, but zero times NaN is not. Only partial
-// tiles come by here, and the loads do not wait for it.
+// tiles pass through here, and the loads do not wait for it.
 template <int kHeadDim>
 __device__ inline void zero_values(const ForwardKernelParams& p, const ForwardShared<kHeadDim>& shared) {
   using Layout = ForwardLayout<kHeadDim>;

@@ -1,5 +1,5 @@
-// How the files of instantiations/ ask for the sm_90a kernels: each function names one, which the compiler then makes.
-// Nobody calls them: the host launches kernels by name, through the driver.
+// With these the files of instantiations/ instantiate the sm_90a kernels: a function that names a kernel makes the
+// compiler generate it. The functions are never called: the host launches kernels by name, through the driver.
 #pragma once
 
 #include "kernels/cuda/common/launch_plan.h"

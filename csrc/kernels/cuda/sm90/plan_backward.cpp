@@ -70,8 +70,8 @@ class BackwardPlanner {
             kItemsPerMultiprocessor * options.multiprocessors / batch_kv_heads_, forward_.heads_per_kv_head())) {}
 
   Plan plan() {
-    // As in the plan for sm_80, the gradient of q lies where the rotated queries lay: they are overwritten after the
-    // pass that reads them.
+    // As in the plan for sm_80, the gradient of q takes the place of the rotated queries: they are overwritten after
+    // the pass that reads them.
     rotated_q_ = params_.grad_q;
     if (rotated_q_ == nullptr && is_rotated()) rotated_q_ = workspace_.take<std::byte>(n_rows_ * forward_.head_dim * 2);
     if (is_rotated()) add_rope(plan_, rotation(), false);
@@ -80,7 +80,7 @@ class BackwardPlanner {
                                                 backward_tile(head_dim_).query_gradient_bytes() / 4);
     }
     row_statistics_ = workspace_.take<float>(2 * n_rows_);
-    Plan passes;  // after what prepares them
+    Plan passes;  // launched after what prepares them
     add_pass_over_keys(passes);
     if (wants_queries_) add_query_gradient(passes);
     add_row_statistics();

@@ -6,8 +6,8 @@
 
 namespace anchor_attention::sm90 {
 
-// Address bits 4 … are exclusive-ored with bits 7 …, as many as number the chunks of a span; slabs begin at a multiple
-// of 1024 bytes.
+// Address bits from 4 up are XORed with those from 7 up, as many as number the chunks of a span; slabs begin at a
+// multiple of 1024 bytes.
 template <int kSpan>
 __device__ constexpr uint32_t swizzled(uint32_t offset) {
   static_assert(kSpan == 32 || kSpan == 64 || kSpan == 128, "a swizzle of the hardware");
