@@ -29,6 +29,7 @@ from anchor_attention.benchmark.timing import quartiles
 from .machine import ROOT, environment, register_library, results_folder
 
 ISA = "avx2"
+CALLERS = "benchmarks/tile_rates.cpp"
 # As in cmake/sources.cmake.
 FLAGS = "-mavx2 -mfma -std=gnu++20 -O3 -fPIC -fno-math-errno -fno-trapping-math -Wno-psabi".split()
 OTHER_TYPES = re.compile(r"    case ScalarType::bfloat16:.*?(?=    default:\n      return function\(float)", re.DOTALL)
@@ -45,6 +46,7 @@ class Design(NamedTuple):
     predicted: float | None
     defines: dict[str, int]
     revision: str | None = None
+    callers: str | None = None  # revision of tile_rates.cpp, which calls the tiles by the interface of its time
 
 
 # Expected: loops at 0.97 of the registers with turns of four steps, 0.09 of the time for what is around them.
@@ -57,22 +59,28 @@ DESIGNS = (
 )
 
 
+def _copy_source(path: str, revision: str | None, tree: Path) -> None:
+    """A file or folder of this checkout, or of an earlier revision, at its place in ``tree``."""
+    if revision is not None:
+        archive = subprocess.run(["git", "archive", revision, path], cwd=ROOT, capture_output=True, check=True).stdout
+        subprocess.run(["tar", "-x", "-C", str(tree)], input=archive, check=True)
+        return
+    (tree / path).parent.mkdir(exist_ok=True)
+    (shutil.copytree if (ROOT / path).is_dir() else shutil.copyfile)(ROOT / path, tree / path)
+
+
 def compile_design(design: Design, folder: Path) -> ctypes.CDLL:
     """A library of the design's steps and what calls them."""
     tree = Path(tempfile.mkdtemp(dir=folder))
-    if design.revision is None:
-        shutil.copytree(ROOT / "csrc", tree / "csrc")
-    else:
-        command = ["git", "archive", design.revision, "csrc"]
-        archive = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
-        subprocess.run(["tar", "-x", "-C", str(tree)], input=archive, check=True)
+    for path, revision in (("csrc", design.revision), (CALLERS, design.callers)):
+        _copy_source(path, revision, tree)
     # Float32 alone is called, and takes a quarter of the time to compile.
     vectors = tree / "csrc" / "kernels" / "cpu" / "vector" / "simd.h"
     vectors.write_text(OTHER_TYPES.sub("", vectors.read_text()))
     target = tree / "design.so"
     command = [os.environ.get("CXX", "c++"), *FLAGS, "-shared", f"-I{tree / 'csrc'}", f"-DANCHOR_ATTENTION_ISA={ISA}"]
     command += [f"-DANCHOR_ATTENTION_{name}={value}" for name, value in design.defines.items()]
-    sources = [*sorted(vectors.parent.glob("*.cpp")), ROOT / "benchmarks" / "tile_rates.cpp"]
+    sources = [*sorted(vectors.parent.glob("*.cpp")), tree / CALLERS]
     subprocess.run([*command, *map(str, sources), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
     library.make_problem.restype = ctypes.c_void_p
@@ -208,12 +216,18 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--previous", metavar="REVISION", help="a revision of git to measure beside the designs")
+    parser.add_argument(
+        "--callers",
+        metavar="REVISION",
+        help=f"take {CALLERS} for --previous from this revision, if today's does not fit",
+    )
     parser.add_argument("--rounds", type=int, default=41, help="turns of every design (default: 41)")
     parser.add_argument("--output", type=Path, default=results_folder().parent / ISA, help="folder of the results")
     arguments = parser.parse_args()
     designs = DESIGNS
     if arguments.previous:
-        designs += (Design(f"before ({arguments.previous})", None, {}, arguments.previous),)
+        name = f"before ({arguments.previous})"
+        designs += (Design(name, None, {}, arguments.previous, arguments.callers),)
     results = {"environment": environment(1), "shape": SHAPE, "rounds": arguments.rounds}
     results |= measure(designs, arguments.rounds)
     arguments.output.mkdir(parents=True, exist_ok=True)

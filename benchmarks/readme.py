@@ -55,7 +55,7 @@ def table(folder: Path) -> str:
     family, model, _ = environment["family_model_stepping"]
     head = (
         f"**{environment['device']}** (family {family}, model {model}), {environment['threads']} threads, kernels for "
-        f"`{environment['instruction_sets']['selected']}`, torch {environment['torch']} "
+        f"`{environment['instruction_sets']['selected']}`, torch {environment['torch']}\n"
         f"([raw](benchmarks/results/{folder.relative_to(RESULTS)}))"
     )
     return head + "\n\n" + markdown_table(["", "instead of", *COLUMNS.values()], rows)

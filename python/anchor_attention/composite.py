@@ -1,6 +1,6 @@
-"""Derivatives of the attention in plain PyTorch, for devices that have no kernels of them: GPUs.
+"""Derivatives of the attention in plain PyTorch, for devices that have no kernels for them: GPUs.
 
-Right, and of bounded memory, but not fused: scores exist for some rows of queries at a time. The formulas are those of
+Exact and of bounded memory, but not fused: scores exist for some rows of queries at a time. The formulas are those of
 csrc/kernels/cpu/vector/attention_jvp_tile.cpp and csrc/kernels/cpu/vector/attention_double_backward_tile.cpp.
 """
 
@@ -15,7 +15,7 @@ import torch
 from . import argument_checks
 from ._dtypes import working_dtype
 
-# Elements of one matrix of scores.
+# Limit on the elements of a block's scores.
 _BLOCK_SCORES = 1 << 24
 
 Ranges = Sequence[int]
@@ -125,7 +125,7 @@ class _Block:
     key_ranges: list[tuple[int, int]]
     kept: Optional  # (batch, 1, keys, 1), the keys that the mask keeps
     scale: float
-    shared_by: int  # heads of queries for one of keys
+    shared_by: int  # heads of queries per head of keys
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
@@ -143,7 +143,7 @@ class _Block:
         return _gathered(tensor, self.key_ranges, self.kept, self.shared_by, self.queries.dtype)
 
     def tangent(self, q_tangent: Optional, k_tangent: Optional) -> tuple[torch.Tensor, torch.Tensor]:
-        """P · (T − mean) and the mean of T, for each row."""
+        """P · (T − mean), the tangents of the probabilities, and the mean of T in each row; T: those of the scores."""
         scores = torch.zeros_like(self.probabilities)
         if q_tangent is not None:
             scores = self.of_rows(q_tangent) @ self.keys.mT * self.scale
@@ -153,7 +153,7 @@ class _Block:
         return self.probabilities * (scores - mean), mean
 
     def add_to_keys(self, sums: torch.Tensor, rows: torch.Tensor) -> None:
-        """One range after the other: the order of the additions is the same in every run."""
+        """Adds one range after the other, so that the order of the additions is the same in every run."""
         rows = torch.unflatten(rows, 1, (-1, self.shared_by)).sum(2).transpose(1, 2)
         begin = 0
         for first, last in self.key_ranges:
@@ -166,7 +166,7 @@ def _gathered(
 ) -> torch.Tensor:
     rows = torch.cat([tensor[:, begin:end] for begin, end in key_ranges], dim=1).transpose(1, 2).to(dtype)
     if kept is not None:
-        # What is masked may hold anything, and 0 · NaN is not 0.
+        # Masked keys may hold anything, and 0 · NaN is not 0.
         rows = rows.masked_fill(~kept, 0.0)
     return rows.repeat_interleave(shared_by, dim=1)
 

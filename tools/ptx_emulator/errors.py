@@ -40,7 +40,7 @@ class DivergenceError(EmulatorError):
 
 
 class MbarrierError(EmulatorError):
-    """An mbarrier that was not initialised, gets more arrivals than it waits for, or loses count of its bytes."""
+    """An mbarrier that was not initialised, gets more arrivals than it expects, or whose byte count leaves its range."""
 
 
 class TrapError(EmulatorError):
