@@ -40,7 +40,7 @@ class DivergenceError(EmulatorError):
 
 
 class MbarrierError(EmulatorError):
-    """An mbarrier that was not initialised, gets more arrivals than it expects, or whose byte count leaves its range."""
+    """An mbarrier that was not initialised, gets more arrivals than it expects, or a byte count out of range."""
 
 
 class TrapError(EmulatorError):
