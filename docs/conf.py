@@ -26,7 +26,9 @@ html_theme = "furo"
 html_title = f"anchor-attention {version}"
 html_show_copyright = False
 html_copy_source = False
-# Pages for users come before those on the inside.
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
+# Pages for users come before internal ones.
 html_search_scorer = str(Path(__file__).parent / "search_scorer.js")
 
 

@@ -1,8 +1,8 @@
-// Ranks search results: pages on the inside of the kernels come behind those for users.
+// Ranks search results: pages on the internals come after those for users.
 var Scorer = {
   score: function (result) {
     var page = result[0], score = result[5];
-    var inside = /^(cpu|cuda|hopper|hopper_backward|overhead|adding-an-operation)$/;
+    var inside = /^(cpu|cuda|hopper|hopper_backward|overhead|gpu|adding-an-operation)$/;
     return inside.test(page) ? score - 1000 : score;
   },
   objNameMatch: 11,
