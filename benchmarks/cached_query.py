@@ -29,7 +29,7 @@ from anchor_attention.benchmark.timing import quartiles
 from anchor_attention.modules import CrossAnchorAttention, JointAnchorAttention, RopeFrequency, SelfAnchorAttention
 from anchor_attention.streaming import Cache, record, replay, stream
 
-from .machine import environment, results_folder
+from .machine import environment, listing, results_folder
 
 BRANCHES = ("surface", "volume")
 MEMORY_QUERIES = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
@@ -175,9 +175,8 @@ def report(folder: Path, about: dict[str, Any], speed: dict[str, Any], peaks: li
         json.dumps({"environment": about, "throughput": speed, "memory": peaks}, indent=1) + "\n"
     )
     seconds = speed["seconds"]
-    lines = [f"{key}: {value}  " for key, value in about.items()]
+    lines = listing(about)
     lines += [
-        "",
         f"{speed['queries']} queries, {speed['anchors']} anchors in each of two branches, chunks of "
         f"{speed['chunk_size']} per branch; results agree within {speed['relative_difference']:.1e} of the largest.",
         "",

@@ -24,7 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from anchor_attention import KeyRangeTable, anchor_attention, anchor_attention_jvp
 from anchor_attention.benchmark.timing import quartiles
 
-from .machine import environment, results_folder, write_results
+from .machine import environment, listing, results_folder, write_results
 from .memory import map_large_blocks, peak_of
 
 NAME = "derivatives"
@@ -128,8 +128,7 @@ def _median_ratio(values: list[float], units: list[float]) -> float:
 
 def markdown(results: dict[str, Any]) -> str:
     """The page of a run."""
-    lines = [f"{key}: {value}  " for key, value in results["environment"].items()]
-    lines += [f"rounds: {results['rounds']}  ", ""]
+    lines = listing(results["environment"] | {"rounds": results["rounds"]})
     for case in results["cases"]:
         seconds, peak = case["seconds"], case["peak_bytes"]
         lines += [

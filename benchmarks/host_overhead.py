@@ -21,7 +21,7 @@ from anchor_attention.benchmark import ratios
 from anchor_attention.benchmark.timing import quartiles
 from anchor_attention.modules import SelfAnchorAttention
 
-from .machine import environment, results_folder, write_results
+from .machine import environment, listing, results_folder, write_results
 
 NAME = "host_overhead"
 BUDGETED, BUDGET_MICROSECONDS = "functional forward", 40.0
@@ -120,11 +120,12 @@ def markdown(results: dict[str, Any]) -> str:
     """The page of a run."""
     microseconds = results["microseconds"]
     load_before, load_after = results["load_average"]
-    lines = [f"{key}: {value}  " for key, value in results["environment"].items()]
+    run = {
+        "load average before and after": f"{load_before:.2f}, {load_after:.2f}; niceness {results['niceness']}",
+        "rounds": f"{results['rounds']} of {results['calls']} calls",
+    }
+    lines = listing(results["environment"] | run)
     lines += [
-        f"load average before and after: {load_before:.2f}, {load_after:.2f}; niceness {results['niceness']}  ",
-        f"rounds: {results['rounds']} of {results['calls']} calls  ",
-        "",
         f"{TOKENS} queries, {ANCHORS} keys, {HEADS} head of {HEAD_DIM}, float32. Medians (quartiles) over the rounds; "
         "the last column is the median of the quotients inside a round.",
         "",

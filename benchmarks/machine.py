@@ -9,7 +9,7 @@ import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -66,6 +66,11 @@ def write_results(name: str, results: Any, markdown: Callable[[Any], str], folde
     page = markdown(json.loads(raw))
     (folder / f"{name}.md").write_text(page)
     return page
+
+
+def listing(about: Mapping[str, Any]) -> list[str]:
+    """Lines of a page that say what a run was made with, in a block of their own."""
+    return ["```text", *(f"{key}: {value}" for key, value in about.items()), "```", ""]
 
 
 def environment(threads: int) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from anchor_attention.benchmark import interleave, ratios
 from anchor_attention.benchmark.timing import quartiles
 from anchor_attention.integrations.noether import accelerate
 
-from .machine import environment, results_folder
+from .machine import environment, listing, results_folder
 
 try:
     from noether.core.schemas.dataset import DomainDataSpec, FieldDimSpec, ModelDataSpecs
@@ -324,8 +324,7 @@ def table(records: list[dict[str, Any]]) -> list[str]:
 def write(folder: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> None:
     """Writes raw JSON and the table."""
     (folder / "noether_models.json").write_text(json.dumps({"environment": about, "records": records}, indent=1) + "\n")
-    heading = [f"{key}: {value}  " for key, value in about.items()]
-    (folder / "noether_models.md").write_text("\n".join([*heading, "", *table(records)]) + "\n")
+    (folder / "noether_models.md").write_text("\n".join([*listing(about), *table(records)]) + "\n")
 
 
 def _chosen(name: str, asked: list[str]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,22 +11,24 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from .key_range_table import KeyRangeTable
-
 # Of tokens: as many entries may a matrix of groups and key segments have.
 DENSE_SHARE = 4
 
 
 def make_block_mask(
-    table: KeyRangeTable, n_queries: int, n_keys: int, block_size: int | tuple[int, int], device: Any
+    q_ranges: Sequence[int],
+    k_offsets: Sequence[int],
+    k_ranges: Sequence[int],
+    lengths: tuple[int, int],
+    block_size: tuple[int, int],
+    device: Any,
 ) -> BlockMask:
     """Makes the mask of a table whose groups read no key twice: see :meth:`KeyRangeTable.to_block_mask`."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    q_block, k_block = (block_size, block_size) if isinstance(block_size, int) else block_size
+    (n_queries, n_keys), (q_block, k_block) = lengths, block_size
     queries, offsets, keys = (
-        torch.tensor(numbers, dtype=torch.int64, device=device)
-        for numbers in (table.q_ranges, table.k_offsets, table.k_ranges)
+        torch.tensor(numbers, dtype=torch.int64, device=device) for numbers in (q_ranges, k_offsets, k_ranges)
     )
     queries, keys = queries.view(-1, 2), keys.view(-1, 2)
     scores = _scores_per_block(queries, offsets, keys, (n_queries, n_keys), (q_block, k_block))

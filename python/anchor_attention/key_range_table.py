@@ -248,7 +248,8 @@ class KeyRangeTable:
         if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
             raise ValueError(f"block_size must be a positive integer or a pair of them, got {block_size!r}")
         self._check_expressible_as_mask(n_queries, n_keys)
-        return make_block_mask(self, n_queries, n_keys, block_size, device)
+        lengths, block_size = (n_queries, n_keys), (sizes[0], sizes[1])
+        return make_block_mask(self.q_ranges, self.k_offsets, self.k_ranges, lengths, block_size, device)
 
     def picture(self, width: int = 64) -> str:
         """Draws who reads whom: a row per group of queries, ``width`` columns over the keys, ``█`` where they read."""
