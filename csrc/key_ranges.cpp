@@ -165,31 +165,58 @@ KeyRangeTable make_key_range_table(std::span<const int64_t> q_ranges, std::span<
   return builder.take();
 }
 
-TransposedKeyRangeTable transpose(const KeyRangeTableView& table) {
+ReadKeys keys_with_readers(const KeyRangeTableView& table) {
   std::vector<int32_t> bounds(table.k_ranges, table.k_ranges + 2 * static_cast<int64_t>(table.n_ranges));
   std::sort(bounds.begin(), bounds.end());
   bounds.erase(std::unique(bounds.begin(), bounds.end()), bounds.end());
   const size_t n_segments = bounds.empty() ? 0 : bounds.size() - 1;
 
-  // Groups are visited in ascending order, so every segment's query ranges come out ascending and are joined on the
-  // way.
-  std::vector<std::vector<Range>> readers(n_segments);
+  const auto segment_of = [&](int32_t key) {
+    return static_cast<size_t>(std::lower_bound(bounds.begin(), bounds.end(), key) - bounds.begin());
+  };
+  std::vector<std::pair<size_t, size_t>> segments(table.n_ranges);  // of each range
+  std::vector<int64_t> places(n_segments + 2);                      // differences, then counts, then where to write
+  for (int32_t r = 0; r < table.n_ranges; ++r) {
+    segments[r] = {segment_of(table.k_ranges[2 * r]), segment_of(table.k_ranges[2 * r + 1])};
+    ++places[segments[r].first + 1];
+    --places[segments[r].second + 1];
+  }
+  std::partial_sum(places.begin(), places.end(), places.begin());
+  std::partial_sum(places.begin(), places.end(), places.begin());
+
+  ReadKeys read;
+  read.offsets.push_back(0);
+  read.groups.resize(n_segments == 0 ? 0 : places[n_segments]);
+  for (size_t s = 0; s < n_segments; ++s) {
+    if (places[s] == places[s + 1]) continue;
+    read.k_ranges.insert(read.k_ranges.end(), {bounds[s], bounds[s + 1]});
+    read.offsets.push_back(static_cast<int32_t>(places[s + 1]));
+  }
   for (int32_t g = 0; g < table.n_groups; ++g) {
-    const Range queries{table.q_ranges[2 * g], table.q_ranges[2 * g + 1]};
     for (int32_t r = table.k_offsets[g]; r < table.k_offsets[g + 1]; ++r) {
-      const auto first = std::lower_bound(bounds.begin(), bounds.end(), table.k_ranges[2 * r]) - bounds.begin();
-      for (size_t s = first; s < n_segments && bounds[s] < table.k_ranges[2 * r + 1]; ++s)
-        readers[s].push_back(queries);
+      for (size_t s = segments[r].first; s < segments[r].second; ++s) read.groups[places[s]++] = g;
     }
   }
+  return read;
+}
 
-  TransposedKeyRangeTable out;
-  out.q_offsets.push_back(0);
-  for (size_t s = 0; s < n_segments; ++s) {
-    if (readers[s].empty()) continue;
-    normalise(readers[s]);
-    out.k_ranges.insert(out.k_ranges.end(), {bounds[s], bounds[s + 1]});
-    for (const Range& queries : readers[s]) out.q_ranges.insert(out.q_ranges.end(), {queries.first, queries.second});
+TransposedKeyRangeTable transpose(const KeyRangeTableView& table) {
+  ReadKeys read = keys_with_readers(table);
+  TransposedKeyRangeTable out{std::move(read.k_ranges), {0}, {}};
+  std::vector<Range> readers;
+  for (size_t entry = 0; entry + 1 < read.offsets.size(); ++entry) {
+    readers.clear();
+    for (int32_t i = read.offsets[entry]; i < read.offsets[entry + 1]; ++i) {
+      const int32_t* queries = table.q_ranges + 2 * read.groups[i];
+      // Most groups that touch are one range then, and nothing is left to normalise.
+      if (!readers.empty() && readers.back().second == queries[0]) {
+        readers.back().second = queries[1];
+      } else {
+        readers.push_back({queries[0], queries[1]});
+      }
+    }
+    normalise(readers);
+    for (const Range& queries : readers) out.q_ranges.insert(out.q_ranges.end(), {queries.first, queries.second});
     out.q_offsets.push_back(static_cast<int32_t>(out.q_ranges.size() / 2));
   }
   return out;

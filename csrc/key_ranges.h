@@ -28,6 +28,16 @@ struct KeyRangeTable {
 KeyRangeTable make_key_range_table(std::span<const int64_t> q_ranges, std::span<const int64_t> k_offsets,
                                    std::span<const int64_t> k_ranges, int64_t n_queries, int64_t n_keys);
 
+// The keys that are read, cut where ranges of the table begin or end, and the groups that read each piece.
+struct ReadKeys {
+  std::vector<int32_t> k_ranges;  // [n_entries, 2], disjoint, ascending
+  std::vector<int32_t> offsets;   // [n_entries + 1]
+  std::vector<int32_t> groups;    // [offsets[n_entries]], ascending within an entry, each as often as it reads the keys
+};
+
+// Takes time in proportion to its result, and the sorting of the ranges.
+ReadKeys keys_with_readers(const KeyRangeTableView& table);
+
 // The same attention seen from the keys. Entry s holds the keys [k_ranges[s][0], k_ranges[s][1]) and the query ranges
 // that read them; entries are disjoint, ascending and cover the read keys exactly. A query range appears as often as
 // the forward table reads the key.

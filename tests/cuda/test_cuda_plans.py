@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -236,6 +236,31 @@ def test_plans_do_not_depend_on_anything_else() -> None:
     fields = make_fields([((0, 3000), [(0, 100)])], n_queries=3000, n_keys=100, workspace=_ALIGNED)
     first, second = (plans().plan_attention_backward(fields) for _ in range(2))
     assert [launch.params for launch in first.launches] == [launch.params for launch in second.launches]
+
+
+@pytest.mark.parametrize("generation", ["sm80", "sm90"])
+def test_remembered_schedules_are_those_of_their_tables(generation: str) -> None:
+    """Tables and sizes that differ in one number, more than are remembered and larger than are, in turns."""
+    keys = [[(0, 700)], [(0, 699)], [(1, 700)], [(0, 100), (200, 700)]]
+    calls: list[dict[str, Any]] = [
+        {"table": [((0, end), own), ((1000, 1200), [(0, 50)])]} for own in keys for end in (900, 901)
+    ]
+    grouped = {"heads": 6, "kv_heads": 3}
+    for sizes in ({}, {"n_keys": 701}, {"heads": 6}, grouped, {"multiprocessors": 1}, {"head_dim": 96}):
+        calls.append({"table": [((0, 1200), [(0, 700)])], **sizes})
+    calls.append({"table": [((0, 1200), [(i, i + 1) for i in range(0, 1200, 2)])], "n_keys": 1200})
+    calls.append({"table": []})
+
+    def planned(call: dict[str, Any]) -> list[Any]:
+        fields = {"n_queries": 1200, "n_keys": 700, "heads": 3, "generation": generation} | call
+        plan = plans().plan_attention_backward(with_strides(make_fields(**fields)))
+        return [plan.workspace_bytes, *((launch.name, launch.grid, launch.params) for launch in plan.launches)]
+
+    first = [planned(call) for call in calls]
+    assert all(a != b for a, b in combinations(first, 2))
+    for i in np.random.default_rng(0).integers(0, len(calls), 60):
+        assert planned(calls[i]) == first[i]
+    assert [planned(call) for call in reversed(calls)] == first[::-1]
 
 
 @pytest.mark.parametrize("generation", ["sm80", "sm90"])

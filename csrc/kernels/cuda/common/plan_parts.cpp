@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <cstring>
 #include <iterator>
 #include <limits>
 #include <stdexcept>
@@ -38,8 +40,10 @@ void place_workspace(Plan& plan, void* workspace) {
   const uintptr_t moved = reinterpret_cast<uintptr_t>(workspace) - unplaced;
   const auto is_unplaced = [&](uintptr_t word) { return word >> 48 == unplaced >> 48; };
   for (LaunchPlan& launch : plan.launches) {
+    const bool uploads = launch.kernel.kind == KernelKind::upload;
+    const size_t end = uploads ? offsetof(UploadKernelParams, words) : launch.params.size();
     // Pointers lie at multiples of their size.
-    for (size_t i = 0; i + sizeof(uintptr_t) <= launch.params.size(); i += sizeof(uintptr_t)) {
+    for (size_t i = 0; i + sizeof(uintptr_t) <= end; i += sizeof(uintptr_t)) {
       uintptr_t word;
       std::memcpy(&word, &launch.params[i], sizeof(word));
       if (!is_unplaced(word)) continue;
@@ -117,12 +121,22 @@ void place_schedule(ScheduleView& view, const Schedule& schedule, Plan& plan, Wo
   auto* destination = workspace.take<int32_t>(n_words);
   view.device_words = destination;
   for (int64_t first = 0; first < n_words; first += kUploadWords) {
-    UploadKernelParams upload{};
-    upload.destination = destination + first;
-    upload.n_words = static_cast<int32_t>(std::min<int64_t>(kUploadWords, n_words - first));
-    std::copy_n(schedule.words.begin() + first, upload.n_words, upload.words);
-    add_launch(plan, {KernelKind::upload, {}, 0, {}}, elementwise_blocks(upload.n_words), kElementwiseThreads, 0,
-               upload);
+    const auto count = static_cast<int32_t>(std::min<int64_t>(kUploadWords, n_words - first));
+    // Written in place: add_launch would copy the 32 kB three times.
+    plan.launches.push_back({{KernelKind::upload, {}, 0, {}},
+                             checked_grid(elementwise_blocks(count)),
+                             kElementwiseThreads,
+                             0,
+                             std::vector<std::byte>(sizeof(UploadKernelParams)),
+                             {}});
+    std::vector<std::byte>& params = plan.launches.back().params;
+    const auto put = [&](size_t offset, const void* data, size_t bytes) {
+      std::memcpy(params.data() + offset, data, bytes);
+    };
+    int32_t* const target = destination + first;
+    put(offsetof(UploadKernelParams, destination), &target, sizeof(target));
+    put(offsetof(UploadKernelParams, n_words), &count, sizeof(count));
+    put(offsetof(UploadKernelParams, words), schedule.words.data() + first, count * sizeof(int32_t));
   }
 }
 

@@ -1,6 +1,7 @@
 #include "kernels/cuda/common/schedule.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -12,20 +13,19 @@ namespace {
 struct Group {
   int32_t begin;
   int32_t end;
-  int32_t first_range;  // of the caller's numbering
-  int32_t last_range;
-  int64_t column_tiles;
+  int32_t entry;  // of the caller's ranges, −1: of none
   int64_t n_splits;
-
-  int64_t column_tiles_per_item() const { return (column_tiles + n_splits - 1) / n_splits; }
+  int64_t column_tiles_per_item;
 };
 
 int64_t divide_up(int64_t value, int64_t divisor) { return value / divisor + (value % divisor == 0 ? 0 : 1); }
 
 int64_t count_column_tiles(const RangesView& ranges, size_t group, int columns_per_tile) {
+  const int shift = std::countr_zero(static_cast<uint32_t>(columns_per_tile));
+  const auto round_up = static_cast<uint32_t>(columns_per_tile - 1);
   int64_t tiles = 0;
   for (int32_t r = ranges.offsets[group]; r < ranges.offsets[group + 1]; ++r) {
-    tiles += divide_up(ranges.columns[2 * r + 1] - ranges.columns[2 * r], columns_per_tile);
+    tiles += (static_cast<uint32_t>(ranges.columns[2 * r + 1] - ranges.columns[2 * r]) + round_up) >> shift;
   }
   return tiles;
 }
@@ -38,16 +38,17 @@ int64_t count_splits(int64_t column_tiles, const Sharing& sharing) {
 
 std::vector<Group> cover_rows(const RangesView& ranges, int64_t n_rows, int columns_per_tile, const Sharing& sharing) {
   std::vector<Group> groups;
+  groups.reserve(ranges.rows.size() + 1);  // with a gap before each
   int32_t covered = 0;
   const auto cover_gap = [&](int64_t end) {
-    if (covered < end) groups.push_back({covered, static_cast<int32_t>(end), 0, 0, 0, 1});
+    if (covered < end) groups.push_back({covered, static_cast<int32_t>(end), -1, 1, 0});
   };
   for (size_t g = 0; 2 * g < ranges.rows.size(); ++g) {
     cover_gap(ranges.rows[2 * g]);
     covered = ranges.rows[2 * g + 1];
     const int64_t tiles = sharing.walks * count_column_tiles(ranges, g, columns_per_tile);
-    groups.push_back(
-        {ranges.rows[2 * g], covered, ranges.offsets[g], ranges.offsets[g + 1], tiles, count_splits(tiles, sharing)});
+    const int64_t splits = count_splits(tiles, sharing);
+    groups.push_back({ranges.rows[2 * g], covered, static_cast<int32_t>(g), splits, divide_up(tiles, splits)});
   }
   cover_gap(n_rows);
   return groups;
@@ -137,13 +138,13 @@ int64_t column_tiles_that_fill(const RangesView& ranges, int rows_per_tile, int 
 Schedule make_schedule(const RangesView& ranges, int64_t n_rows, int rows_per_tile, int columns_per_tile,
                        const Sharing& sharing) {
   std::vector<Group> groups = cover_rows(ranges, n_rows, columns_per_tile, sharing);
-  std::stable_sort(groups.begin(), groups.end(), [](const Group& a, const Group& b) {
-    return a.column_tiles_per_item() > b.column_tiles_per_item();
-  });
+  std::stable_sort(groups.begin(), groups.end(),
+                   [](const Group& a, const Group& b) { return a.column_tiles_per_item > b.column_tiles_per_item; });
 
   Schedule schedule;
   schedule.n_groups = checked_index(static_cast<int64_t>(groups.size()), "groups");
   schedule.words.reserve((groups.size() + 1) * kWordsPerGroup + ranges.columns.size());
+  schedule.entries.reserve(groups.size());
   std::vector<int32_t> columns;
   columns.reserve(ranges.columns.size());
   int64_t n_items = 0;
@@ -154,8 +155,11 @@ Schedule make_schedule(const RangesView& ranges, int64_t n_rows, int rows_per_ti
     schedule.words.insert(schedule.words.end(), {checked_index(n_items, "blocks"), group.begin, group.end,
                                                  static_cast<int32_t>(columns.size() / 2), n_splits,
                                                  checked_index(n_accumulators, "accumulators")});
-    columns.insert(columns.end(), ranges.columns.begin() + 2 * group.first_range,
-                   ranges.columns.begin() + 2 * group.last_range);
+    schedule.entries.push_back(group.entry);
+    if (group.entry >= 0) {
+      columns.insert(columns.end(), ranges.columns.begin() + 2 * ranges.offsets[group.entry],
+                     ranges.columns.begin() + 2 * ranges.offsets[group.entry + 1]);
+    }
     n_items += tiles * n_splits;
     if (n_splits > 1) n_accumulators += sharing.own_accumulators ? tiles * n_splits : tiles;
   }

@@ -18,7 +18,8 @@ struct RangesView {
 };
 
 struct Schedule {
-  std::vector<int32_t> words;  // as ScheduleView describes them
+  std::vector<int32_t> words;    // as ScheduleView describes them
+  std::vector<int32_t> entries;  // [n_groups]: which of the caller's each group is, −1 for rows in no range
   int32_t n_groups = 0;
   int32_t n_items = 0;
   int32_t n_accumulators = 0;
@@ -34,6 +35,7 @@ struct Sharing {
   bool own_accumulators = false;
 };
 
+// `columns_per_tile`, here and below, is a power of two: tables have thousands of ranges, and dividing takes a while.
 // Groups in descending order of the time of one item, rows in no range last, so that the last blocks of a launch are
 // short.
 Schedule make_schedule(const RangesView& ranges, int64_t n_rows, int rows_per_tile, int columns_per_tile,

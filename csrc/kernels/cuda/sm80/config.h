@@ -140,6 +140,7 @@ constexpr bool tables_are_consistent() {
         const TileShape shape = tile_shape(pass, precision, head_dim);
         if (shape.rows % (16 * shape.warps) != 0 || shape.columns % shape.step != 0 || shape.step % 16 != 0)
           return false;
+        if ((shape.columns & (shape.columns - 1)) != 0) return false;  // schedules count tiles by shifts
         if (shape.columns > 64 || shape.rows_per_warp() > 32) return false;
         if (pass == Pass::forward && shape.step != shape.columns) return false;
         if (shared_bytes(pass, precision, head_dim) + static_shared_bytes(pass) > 99 * 1024) return false;

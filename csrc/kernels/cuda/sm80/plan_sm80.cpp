@@ -1,9 +1,11 @@
 #include "kernels/cuda/sm80/plan_sm80.h"
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 
 #include "kernels/cuda/common/plan_parts.h"
+#include "kernels/cuda/common/recent_schedules.h"
 #include "kernels/cuda/sm80/kernel_params.h"
 #include "key_ranges.h"
 
@@ -27,6 +29,20 @@ int64_t column_tiles_per_item(const AttentionParams& params, const PlanOptions& 
                               const TileShape& shape) {
   const int64_t total = count_tile_pairs(ranges, shape.rows, shape.columns) * params.batch * params.heads;
   return std::max(kMinColumnTilesPerItem, total / (kItemsPerMultiprocessor * options.multiprocessors));
+}
+
+std::shared_ptr<const Schedule> key_schedule(const AttentionParams& p, const PlanOptions& options,
+                                             const TileShape& shape) {
+  static thread_local RecentSchedules<Schedule, 7> recent;
+  const int64_t walks = heads_per_kv_head(p);
+  const auto make = [&] {
+    const TransposedKeyRangeTable table = transpose(p.table);
+    const RangesView ranges{table.k_ranges, table.q_offsets, table.q_ranges};
+    return make_schedule(ranges, p.n_keys, shape.rows, shape.columns,
+                         {.max_column_tiles = column_tiles_per_item(p, options, ranges, shape), .walks = walks});
+  };
+  return recent.find_or_make(
+      p.table, {p.n_keys, shape.rows, shape.columns, p.batch, p.heads, walks, options.multiprocessors}, make);
 }
 
 // One launch of the key pass with its own counters and accumulators.
@@ -159,12 +175,9 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
   statistics.value_dim = common.value_dim;
 
   if (wants_key_pass) {
-    const TransposedKeyRangeTable table = transpose(forward.table);
-    const RangesView ranges{table.k_ranges, table.q_offsets, table.q_ranges};
     const TileShape shape = tile_shape(Pass::backward_key, precision, head_dim);
-    const Schedule schedule = make_schedule(ranges, forward.n_keys, shape.rows, shape.columns,
-                                            {.max_column_tiles = column_tiles_per_item(forward, options, ranges, shape),
-                                             .walks = common.heads_per_kv_head});
+    const auto held_schedule = key_schedule(forward, options, shape);
+    const Schedule& schedule = *held_schedule;
     // Room for the counters of both launches that the widest heads take.
     statistics.counters = workspace.take<int32_t>(2 * (1 + forward.batch * forward.kv_heads * schedule.n_accumulators));
     BackwardKernelParams key_params = common;

@@ -70,6 +70,7 @@ constexpr int forward_shared_bytes(int native_head_dim) {
 
 constexpr bool forward_tiles_are_consistent() {
   for (const ForwardTile& tile : kForwardTiles) {
+    if ((tile.keys & (tile.keys - 1)) != 0) return false;  // schedules count tiles by shifts
     if (tile.keys % 32 != 0 || tile.stages < 2 || tile.head_dim % 16 != 0) return false;
     if (tile.slab_channels != 32 && tile.slab_channels != 64) return false;
     if (tile.query_bytes() % 1024 != 0 || tile.tile_bytes() % 1024 != 0) return false;

@@ -1,9 +1,11 @@
 #include <algorithm>
 #include <cstddef>
+#include <memory>
 #include <stdexcept>
 #include <utility>
 
 #include "kernels/cuda/common/plan_parts.h"
+#include "kernels/cuda/common/recent_schedules.h"
 #include "kernels/cuda/sm90/backward_config.h"
 #include "kernels/cuda/sm90/backward_params.h"
 #include "kernels/cuda/sm90/backward_schedule.h"
@@ -50,6 +52,13 @@ bool groups_fill_tiles(const KeyRangeTableView& table, int queries_per_tile) {
   return table.n_groups > 0 && queries / table.n_groups >= queries_per_tile / 2;
 }
 
+std::shared_ptr<const BackwardSchedule> schedule_of(const AttentionParams& p, int queries_per_tile, int64_t items) {
+  static thread_local RecentSchedules<BackwardSchedule, 5> recent;
+  return recent.find_or_make(p.table, {p.n_queries, p.n_keys, queries_per_tile, items, p.heads_per_kv_head()}, [&] {
+    return make_backward_schedule(p.table, p.n_queries, p.n_keys, queries_per_tile, items, p.heads_per_kv_head());
+  });
+}
+
 // Lays out one pass over the keys and what surrounds it.
 class BackwardPlanner {
  public:
@@ -65,9 +74,9 @@ class BackwardPlanner {
         n_rows_(batch_heads_ * forward_.n_queries),
         contiguous_(contiguous_strides(forward_.n_queries, forward_.heads, forward_.head_dim)),
         wants_queries_(params.grad_q != nullptr || params.grad_q_freqs != nullptr),
-        schedule_(make_backward_schedule(
-            forward_.table, forward_.n_queries, forward_.n_keys, backward_tile(head_dim_).queries,
-            kItemsPerMultiprocessor * options.multiprocessors / batch_kv_heads_, forward_.heads_per_kv_head())) {}
+        held_schedule_(schedule_of(forward_, backward_tile(head_dim_).queries,
+                                   kItemsPerMultiprocessor * options.multiprocessors / batch_kv_heads_)),
+        schedule_(*held_schedule_) {}
 
   Plan plan() {
     // As in the plan for sm_80, the gradient of q takes the place of the rotated queries: they are overwritten after
@@ -210,7 +219,8 @@ class BackwardPlanner {
   int64_t n_rows_;
   Strides contiguous_;
   bool wants_queries_;
-  BackwardSchedule schedule_;
+  std::shared_ptr<const BackwardSchedule> held_schedule_;
+  const BackwardSchedule& schedule_;
   void* rotated_q_ = nullptr;
   float* query_gradients_ = nullptr;
   float* row_statistics_ = nullptr;
