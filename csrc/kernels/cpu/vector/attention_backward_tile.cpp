@@ -12,10 +12,10 @@ namespace {
 template <typename Operand, typename T = Sum<Operand>>
 struct BackwardScratch {
   BackwardScratch(void* base, const AttentionParams& p) : scratch(base) {
-    const int64_t padded = round_up_to_lanes<T>(p.head_dim), padded_values = round_up_to_lanes<T>(p.value_dim);
-    q_rows = scratch.take<T>(kTileQueries<T> * padded);
-    grad_out_rows = scratch.take<T>(kTileQueries<T> * padded_values);
-    grad_q_rows = scratch.take<T>(kTileQueries<T> * padded);
+    const int64_t stride = row_stride<T>(p.head_dim), value_stride = row_stride<T>(p.value_dim);
+    q_rows = scratch.take<T>(kTileQueries<T> * stride);
+    grad_out_rows = scratch.take<T>(kTileQueries<T> * value_stride);
+    grad_q_rows = scratch.take<T>(kTileQueries<T> * stride);
     q_panel = scratch.take<Operand>(operands<Operand>(p.head_dim) * kTileQueries<T>);
     grad_out_panel = scratch.take<Operand>(operands<Operand>(p.value_dim) * kTileQueries<T>);
     probabilities = scratch.take<T>(kChunkKeys * kTileQueries<T>);
@@ -27,8 +27,8 @@ struct BackwardScratch {
       probability_rows = probabilities;
       grad_score_rows = grad_score_stack = scratch.take<T>(kChunkKeys * kTileQueries<T>);
     } else {
-      q_stack = scratch.take<Operand>(operands<Operand>(kTileQueries<T>) * padded);
-      grad_out_stack = scratch.take<Operand>(operands<Operand>(kTileQueries<T>) * padded_values);
+      q_stack = scratch.take<Operand>(operands<Operand>(kTileQueries<T>) * stride);
+      grad_out_stack = scratch.take<Operand>(operands<Operand>(kTileQueries<T>) * value_stride);
       probability_rows = scratch.take<Operand>(kChunkKeys * kRowOperands);
       grad_score_rows = scratch.take<Operand>(kChunkKeys * kRowOperands);
       grad_score_stack = scratch.take<Operand>(operands<Operand>(kChunkKeys) * kTileQueries<T>);
@@ -38,13 +38,13 @@ struct BackwardScratch {
   static constexpr int64_t kRowOperands = kTileQueries<T> / kDepth<Operand>;
 
   Scratch scratch;
-  T* q_rows;                  // [tile_queries, padded_head_dim], rotated
-  T* grad_out_rows;           // [tile_queries, padded_value_dim]
-  T* grad_q_rows;             // [tile_queries, padded_head_dim]
+  T* q_rows;                  // [tile_queries, row_stride of head_dim], rotated
+  T* grad_out_rows;           // [tile_queries, row_stride of value_dim]
+  T* grad_q_rows;             // [tile_queries, row_stride of head_dim]
   Operand* q_panel;           // [strips, operands of head_dim, strip_columns]
   Operand* grad_out_panel;    // [strips, operands of value_dim, strip_columns]
-  Operand* q_stack;           // [operands of queries, padded_head_dim]
-  Operand* grad_out_stack;    // [operands of queries, padded_value_dim]
+  Operand* q_stack;           // [operands of queries, row_stride of head_dim]
+  Operand* grad_out_stack;    // [operands of queries, row_stride of value_dim]
   T* probabilities;           // [chunk_keys, tile_queries]
   Operand* probability_rows;  // [chunk_keys, operands of queries]
   Operand* grad_score_rows;   // [chunk_keys, operands of queries]
@@ -128,22 +128,23 @@ template <typename Storage, typename T = Working<Storage>>
 void backward_tile_of(const BackwardTile& tile) {
   using Operand = typename OperandOf<Storage>::Type;
   const AttentionParams& f = tile.params->forward;
-  const int64_t padded = round_up_to_lanes<T>(f.head_dim), padded_values = round_up_to_lanes<T>(f.value_dim);
+  const int64_t dims = round_up_to_lanes<T>(f.head_dim), value_dims = round_up_to_lanes<T>(f.value_dim);
+  const int64_t stride = row_stride<T>(f.head_dim), value_stride = row_stride<T>(f.value_dim);
   const int64_t columns = round_up_to_lanes<T>(tile.n_queries);
   const BackwardScratch<Operand> s(tile.scratch, f);
   const bool needs_grad_scores = tile.grad_q != nullptr || tile.grad_k_rows != nullptr;
 
-  load_queries<Storage>(f, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.q_rows);
-  load_statistics<Storage>(tile, kTileQueries<T>, padded_values, s.grad_out_rows, s.lse, s.delta);
-  to_panel(s.q_rows, tile.n_queries, padded, f.head_dim, s.q_panel);
-  to_panel(s.grad_out_rows, tile.n_queries, padded_values, f.value_dim, s.grad_out_panel);
+  load_queries<Storage>(f, tile.batch, tile.head, tile.q_begin, tile.n_queries, stride, s.q_rows);
+  load_statistics<Storage>(tile, kTileQueries<T>, value_stride, s.grad_out_rows, s.lse, s.delta);
+  to_panel(s.q_rows, tile.n_queries, stride, f.head_dim, s.q_panel);
+  to_panel(s.grad_out_rows, tile.n_queries, value_stride, f.value_dim, s.grad_out_panel);
   if constexpr (kDepth<Operand> > 1) {
-    to_stack(s.q_rows, tile.n_queries, padded, s.q_stack);
-    to_stack(s.grad_out_rows, tile.n_queries, padded_values, s.grad_out_stack);
+    to_stack(s.q_rows, tile.n_queries, stride, s.q_stack);
+    to_stack(s.grad_out_rows, tile.n_queries, value_stride, s.grad_out_stack);
   }
-  std::memset(s.grad_q_rows, 0, tile.n_queries * padded * sizeof(T));
+  std::memset(s.grad_q_rows, 0, tile.n_queries * stride * sizeof(T));
 
-  const int64_t k_operands = padded / kDepth<Operand>, v_operands = padded_values / kDepth<Operand>;
+  const int64_t k_operands = stride / kDepth<Operand>, v_operands = value_stride / kDepth<Operand>;
   const int64_t query_operands = operands<Operand>(tile.n_queries);
   const int64_t head_operands = operands<Operand>(f.head_dim), value_operands = operands<Operand>(f.value_dim);
   const Rows<Operand> q_panel{s.q_panel, kStripColumns<T>, head_operands * kStripColumns<T>};
@@ -161,24 +162,23 @@ void backward_tile_of(const BackwardTile& tile) {
       outer_product(n_keys, columns, head_operands, k_rows, q_panel,
                     StoreProbabilities<Operand>{s, static_cast<T>(f.scale * kLog2E)});
       if (tile.grad_v_rows != nullptr) {
-        outer_product(n_keys, padded_values, query_operands, probabilities,
-                      Rows<Operand>{s.grad_out_stack, padded_values},
-                      AddTo<T>{static_cast<T*>(tile.grad_v_rows) + key * padded_values, padded_values});
+        outer_product(n_keys, value_dims, query_operands, probabilities, Rows<Operand>{s.grad_out_stack, value_stride},
+                      AddTo<T>{static_cast<T*>(tile.grad_v_rows) + key * value_stride, value_stride});
       }
       if (!needs_grad_scores) continue;
       outer_product(n_keys, columns, value_operands, v_rows, grad_out_panel, StoreGradScores<Operand>{s});
       if (tile.grad_k_rows != nullptr) {
-        outer_product(n_keys, padded, query_operands, grad_scores, Rows<Operand>{s.q_stack, padded},
-                      AddTo<T>{static_cast<T*>(tile.grad_k_rows) + key * padded, padded});
+        outer_product(n_keys, dims, query_operands, grad_scores, Rows<Operand>{s.q_stack, stride},
+                      AddTo<T>{static_cast<T*>(tile.grad_k_rows) + key * stride, stride});
       }
       if (tile.grad_q != nullptr) {
-        const Operand* k_stack = static_cast<const Operand*>(tile.k_stack) + key / kDepth<Operand> * padded;
-        outer_product(tile.n_queries, padded, operands<Operand>(n_keys), grad_scores_transposed,
-                      Rows<Operand>{k_stack, padded}, AddTo<T>{s.grad_q_rows, padded});
+        const Operand* k_stack = static_cast<const Operand*>(tile.k_stack) + key / kDepth<Operand> * stride;
+        outer_product(tile.n_queries, dims, operands<Operand>(n_keys), grad_scores_transposed,
+                      Rows<Operand>{k_stack, stride}, AddTo<T>{s.grad_q_rows, stride});
       }
     }
   }
-  if (tile.grad_q != nullptr) add_grad_q(tile, padded, s.grad_q_rows);
+  if (tile.grad_q != nullptr) add_grad_q(tile, stride, s.grad_q_rows);
 }
 
 }  // namespace

@@ -15,11 +15,11 @@ template <typename T>
 struct DoubleBackwardScratch {
   DoubleBackwardScratch(void* base, const AttentionParams& p) : scratch(base) {
     constexpr int64_t kQueries = kTileQueries<T>;
-    const int64_t padded = round_up_to_lanes<T>(p.head_dim), padded_values = round_up_to_lanes<T>(p.value_dim);
-    q_rows = scratch.take<T>(kQueries * padded);
-    q_tangent_rows = scratch.take<T>(kQueries * padded);
-    grad_out_rows = scratch.take<T>(kQueries * padded_values);
-    grad_q_rows = scratch.take<T>(kQueries * padded);
+    const int64_t stride = row_stride<T>(p.head_dim), value_stride = row_stride<T>(p.value_dim);
+    q_rows = scratch.take<T>(kQueries * stride);
+    q_tangent_rows = scratch.take<T>(kQueries * stride);
+    grad_out_rows = scratch.take<T>(kQueries * value_stride);
+    grad_q_rows = scratch.take<T>(kQueries * stride);
     q_panel = scratch.take<T>(p.head_dim * kQueries);
     q_tangent_panel = scratch.take<T>(p.head_dim * kQueries);
     grad_out_panel = scratch.take<T>(p.value_dim * kQueries);
@@ -33,10 +33,10 @@ struct DoubleBackwardScratch {
   }
 
   Scratch scratch;
-  T* q_rows;           // [tile_queries, padded_head_dim]
-  T* q_tangent_rows;   // [tile_queries, padded_head_dim]
-  T* grad_out_rows;    // [tile_queries, padded_value_dim]
-  T* grad_q_rows;      // [tile_queries, padded_head_dim]
+  T* q_rows;           // [tile_queries, row_stride of head_dim]
+  T* q_tangent_rows;   // [tile_queries, row_stride of head_dim]
+  T* grad_out_rows;    // [tile_queries, row_stride of value_dim]
+  T* grad_q_rows;      // [tile_queries, row_stride of head_dim]
   T* q_panel;          // [strips, head_dim, strip_columns]
   T* q_tangent_panel;  // [strips, head_dim, strip_columns]
   T* grad_out_panel;   // [strips, value_dim, strip_columns]
@@ -126,17 +126,17 @@ template <typename Storage, typename T = Working<Storage>>
 ANCHOR_ATTENTION_INLINE void begin_tile(const DoubleBackwardTile& task, const DoubleBackwardScratch<T>& s) {
   const BackwardTile& tile = task.tile;
   const AttentionParams& f = tile.params->forward;
-  const int64_t padded = round_up_to_lanes<T>(f.head_dim), padded_values = round_up_to_lanes<T>(f.value_dim);
-  load_queries<Storage>(f, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.q_rows);
-  to_panel(s.q_rows, tile.n_queries, padded, f.head_dim, s.q_panel);
+  const int64_t stride = row_stride<T>(f.head_dim), value_stride = row_stride<T>(f.value_dim);
+  load_queries<Storage>(f, tile.batch, tile.head, tile.q_begin, tile.n_queries, stride, s.q_rows);
+  to_panel(s.q_rows, tile.n_queries, stride, f.head_dim, s.q_panel);
   const Tangents& q_tangent = task.params->q_tangent;
   if (q_tangent.data != nullptr) {
     load_rows<Storage>(q_tangent.data, q_tangent.strides, tile.batch, tile.head, tile.q_begin, tile.n_queries,
-                       f.head_dim, padded, s.q_tangent_rows);
-    to_panel(s.q_tangent_rows, tile.n_queries, padded, f.head_dim, s.q_tangent_panel);
+                       f.head_dim, stride, s.q_tangent_rows);
+    to_panel(s.q_tangent_rows, tile.n_queries, stride, f.head_dim, s.q_tangent_panel);
   }
-  load_statistics<Storage>(tile, kTileQueries<T>, padded_values, s.grad_out_rows, s.lse, s.delta);
-  to_panel(s.grad_out_rows, tile.n_queries, padded_values, f.value_dim, s.grad_out_panel);
+  load_statistics<Storage>(tile, kTileQueries<T>, value_stride, s.grad_out_rows, s.lse, s.delta);
+  to_panel(s.grad_out_rows, tile.n_queries, value_stride, f.value_dim, s.grad_out_panel);
   const int64_t out_stride = f.heads * f.value_dim;
   const Storage* out_tangent = static_cast<const Storage*>(task.params->out_tangent) +
                                (tile.batch * f.n_queries + tile.q_begin) * out_stride + tile.head * f.value_dim;
@@ -145,9 +145,9 @@ ANCHOR_ATTENTION_INLINE void begin_tile(const DoubleBackwardTile& task, const Do
   for (int64_t i = 0; i < kTileQueries<T>; ++i) {
     const bool exists = i < tile.n_queries;
     s.lse_tangent[i] = exists ? lse_tangent[i] : T(0);
-    s.mean[i] = exists ? dot(s.grad_out_rows + i * padded_values, out_tangent + i * out_stride, f.value_dim) : T(0);
+    s.mean[i] = exists ? dot(s.grad_out_rows + i * value_stride, out_tangent + i * out_stride, f.value_dim) : T(0);
   }
-  std::memset(s.grad_q_rows, 0, tile.n_queries * padded * sizeof(T));
+  std::memset(s.grad_q_rows, 0, tile.n_queries * stride * sizeof(T));
   // Stays so where the scores do not change.
   std::memset(s.weighted, 0, kChunkKeys * kTileQueries<T> * sizeof(T));
 }
@@ -156,7 +156,8 @@ template <typename Storage, typename T = Working<Storage>>
 void double_backward_tile_of(const DoubleBackwardTile& task) {
   const BackwardTile& tile = task.tile;
   const AttentionParams& f = tile.params->forward;
-  const int64_t padded = round_up_to_lanes<T>(f.head_dim), padded_values = round_up_to_lanes<T>(f.value_dim);
+  const int64_t dims = round_up_to_lanes<T>(f.head_dim), value_dims = round_up_to_lanes<T>(f.value_dim);
+  const int64_t stride = row_stride<T>(f.head_dim), value_stride = row_stride<T>(f.value_dim);
   const int64_t columns = round_up_to_lanes<T>(tile.n_queries);
   const DoubleBackwardScratch<T> s(tile.scratch, f);
   const bool has_q_tangent = task.params->q_tangent.data != nullptr, has_k_tangent = task.k_tangent_rows != nullptr;
@@ -180,49 +181,48 @@ void double_backward_tile_of(const DoubleBackwardTile& task) {
         return Broadcast<T>{static_cast<const T*>(rows) + key * length, length, 1};
       };
       const auto stack_of = [&](const void* rows) {
-        return Rows<T>{static_cast<const T*>(rows) + key * padded, padded};
+        return Rows<T>{static_cast<const T*>(rows) + key * stride, stride};
       };
-      const Broadcast<T> k_rows = rows_of(tile.k_rows, padded);
+      const Broadcast<T> k_rows = rows_of(tile.k_rows, stride);
       outer_product(n_keys, columns, f.head_dim, k_rows, q_panel, StoreTileProbabilities<T>{s, factor});
       if (has_q_tangent && has_k_tangent) {
         outer_product(n_keys, columns, f.head_dim, k_rows, q_tangent_panel, StoreWeighted<false, false, T>{s, scale});
-        outer_product(n_keys, columns, f.head_dim, rows_of(task.k_tangent_rows, padded), q_panel,
+        outer_product(n_keys, columns, f.head_dim, rows_of(task.k_tangent_rows, stride), q_panel,
                       StoreWeighted<true, true, T>{s, scale});
       } else if (moves_scores) {
-        outer_product(n_keys, columns, f.head_dim, has_q_tangent ? k_rows : rows_of(task.k_tangent_rows, padded),
+        outer_product(n_keys, columns, f.head_dim, has_q_tangent ? k_rows : rows_of(task.k_tangent_rows, stride),
                       has_q_tangent ? q_tangent_panel : q_panel, StoreWeighted<false, true, T>{s, scale});
       }
       if (tile.grad_v_rows != nullptr && moves_scores) {
-        outer_product(n_keys, padded_values, tile.n_queries, by_key(s.weighted),
-                      Rows<T>{s.grad_out_rows, padded_values},
-                      AddTo<T>{static_cast<T*>(tile.grad_v_rows) + key * padded_values, padded_values});
+        outer_product(n_keys, value_dims, tile.n_queries, by_key(s.weighted), Rows<T>{s.grad_out_rows, value_stride},
+                      AddTo<T>{static_cast<T*>(tile.grad_v_rows) + key * value_stride, value_stride});
       }
       if (tile.grad_q == nullptr && tile.grad_k_rows == nullptr) continue;
-      const Broadcast<T> v_rows = rows_of(tile.v_rows, padded_values);
+      const Broadcast<T> v_rows = rows_of(tile.v_rows, value_stride);
       if (task.v_tangent_rows != nullptr) {
-        outer_product(n_keys, columns, f.value_dim, rows_of(task.v_tangent_rows, padded_values), grad_out_panel,
+        outer_product(n_keys, columns, f.value_dim, rows_of(task.v_tangent_rows, value_stride), grad_out_panel,
                       StoreValueTerm<T>{s});
         outer_product(n_keys, columns, f.value_dim, v_rows, grad_out_panel, StoreSecondGradScores<true, T>{s});
       } else {
         outer_product(n_keys, columns, f.value_dim, v_rows, grad_out_panel, StoreSecondGradScores<false, T>{s});
       }
       if (tile.grad_k_rows != nullptr) {
-        const AddTo<T> grad_k{static_cast<T*>(tile.grad_k_rows) + key * padded, padded};
-        outer_product(n_keys, padded, tile.n_queries, by_key(s.grad_scores), Rows<T>{s.q_rows, padded}, grad_k);
+        const AddTo<T> grad_k{static_cast<T*>(tile.grad_k_rows) + key * stride, stride};
+        outer_product(n_keys, dims, tile.n_queries, by_key(s.grad_scores), Rows<T>{s.q_rows, stride}, grad_k);
         if (has_q_tangent) {
-          outer_product(n_keys, padded, tile.n_queries, by_key(s.probabilities), Rows<T>{s.q_tangent_rows, padded},
+          outer_product(n_keys, dims, tile.n_queries, by_key(s.probabilities), Rows<T>{s.q_tangent_rows, stride},
                         grad_k);
         }
       }
       if (tile.grad_q == nullptr) continue;
-      const AddTo<T> grad_q{s.grad_q_rows, padded};
-      outer_product(tile.n_queries, padded, n_keys, by_query(s.grad_scores), stack_of(tile.k_rows), grad_q);
+      const AddTo<T> grad_q{s.grad_q_rows, stride};
+      outer_product(tile.n_queries, dims, n_keys, by_query(s.grad_scores), stack_of(tile.k_rows), grad_q);
       if (has_k_tangent) {
-        outer_product(tile.n_queries, padded, n_keys, by_query(s.probabilities), stack_of(task.k_tangent_rows), grad_q);
+        outer_product(tile.n_queries, dims, n_keys, by_query(s.probabilities), stack_of(task.k_tangent_rows), grad_q);
       }
     }
   }
-  if (tile.grad_q != nullptr) add_grad_q(tile, padded, s.grad_q_rows);
+  if (tile.grad_q != nullptr) add_grad_q(tile, stride, s.grad_q_rows);
 }
 
 }  // namespace

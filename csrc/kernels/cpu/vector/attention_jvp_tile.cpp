@@ -16,9 +16,9 @@ struct JvpScratch {
   JvpScratch(void* base, const AttentionJvpParams& params, int64_t n_tangents) : scratch(base) {
     const AttentionParams& p = params.forward;
     const int64_t n = n_tangents, queries = kTileQueries<T>;
-    const int64_t padded = round_up_to_lanes<T>(p.head_dim), padded_values = round_up_to_lanes<T>(p.value_dim);
-    rows = scratch.take<T>(queries * (padded > padded_values ? padded : padded_values));
-    out_rows = scratch.take<T>(queries * padded_values);
+    const int64_t stride = row_stride<T>(p.head_dim), value_stride = row_stride<T>(p.value_dim);
+    rows = scratch.take<T>(queries * (stride > value_stride ? stride : value_stride));
+    out_rows = scratch.take<T>(queries * value_stride);
     q_panel = scratch.take<T>(p.head_dim * queries);
     q_scaled_panel = scratch.take<T>(params.k_tangents.data == nullptr ? 0 : p.head_dim * queries);
     q_tangent_panels = scratch.take<T>(params.q_tangents.data == nullptr ? 0 : n * p.head_dim * queries);
@@ -35,8 +35,8 @@ struct JvpScratch {
   }
 
   Scratch scratch;
-  T* rows;                // [tile_queries, padded head_dim or value_dim]
-  T* out_rows;            // [tile_queries, padded_value_dim], the outputs
+  T* rows;                // [tile_queries, stride head_dim or value_dim]
+  T* out_rows;            // [tile_queries, stride_value_dim], the outputs
   T* q_panel;             // [strips, head_dim, strip_columns]
   T* q_scaled_panel;      // the same, times scale
   T* q_tangent_panels;    // [n_tangents, strips, head_dim, strip_columns], times scale
@@ -134,23 +134,23 @@ ANCHOR_ATTENTION_INLINE void begin_tile(const JvpTile& tile, const JvpScratch<T>
   const AttentionJvpParams& params = *tile.params;
   const AttentionParams& p = params.forward;
   constexpr int64_t kQueries = kTileQueries<T>;
-  const int64_t padded = round_up_to_lanes<T>(p.head_dim);
+  const int64_t stride = row_stride<T>(p.head_dim);
   const T factor = static_cast<T>(p.scale < 0 ? -p.scale : p.scale);
-  load_queries<Storage>(p, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.rows);
+  load_queries<Storage>(p, tile.batch, tile.head, tile.q_begin, tile.n_queries, stride, s.rows);
   // As in the forward, the sign of the scale goes into the queries.
-  if (p.scale < 0) multiply_rows(s.rows, tile.n_queries * padded, T(-1));
-  to_panel(s.rows, tile.n_queries, padded, p.head_dim, s.q_panel);
+  if (p.scale < 0) multiply_rows(s.rows, tile.n_queries * stride, T(-1));
+  to_panel(s.rows, tile.n_queries, stride, p.head_dim, s.q_panel);
   if (params.k_tangents.data != nullptr) {
-    multiply_rows(s.rows, tile.n_queries * padded, factor);
-    to_panel(s.rows, tile.n_queries, padded, p.head_dim, s.q_scaled_panel);
+    multiply_rows(s.rows, tile.n_queries * stride, factor);
+    to_panel(s.rows, tile.n_queries, stride, p.head_dim, s.q_scaled_panel);
   }
   for (int64_t t = 0; params.q_tangents.data != nullptr && t < tile.n_tangents; ++t) {
     const Storage* data =
         static_cast<const Storage*>(params.q_tangents.data) + (tile.first_tangent + t) * params.q_tangents.stride;
     load_rows<Storage>(data, params.q_tangents.strides, tile.batch, tile.head, tile.q_begin, tile.n_queries, p.head_dim,
-                       padded, s.rows);
-    multiply_rows(s.rows, tile.n_queries * padded, static_cast<T>(p.scale));
-    to_panel(s.rows, tile.n_queries, padded, p.head_dim, s.q_tangent_panels + t * p.head_dim * kQueries);
+                       stride, s.rows);
+    multiply_rows(s.rows, tile.n_queries * stride, static_cast<T>(p.scale));
+    to_panel(s.rows, tile.n_queries, stride, p.head_dim, s.q_tangent_panels + t * p.head_dim * kQueries);
   }
   std::memset(s.out_panel, 0, p.value_dim * kQueries * sizeof(T));
   std::memset(s.out_tangent_panels, 0, tile.n_tangents * p.value_dim * kQueries * sizeof(T));
@@ -173,21 +173,21 @@ template <typename Storage, typename T = Working<Storage>>
 ANCHOR_ATTENTION_INLINE void store_outputs(const JvpTile& tile, const JvpScratch<T>& s) {
   const AttentionJvpParams& params = *tile.params;
   const AttentionParams& p = params.forward;
-  const int64_t padded = round_up_to_lanes<T>(p.value_dim), out_stride = p.heads * p.value_dim;
+  const int64_t stride = row_stride<T>(p.value_dim), out_stride = p.heads * p.value_dim;
   const int64_t first_out = (tile.batch * p.n_queries + tile.q_begin) * out_stride + tile.head * p.value_dim;
   const int64_t first_lse = (tile.batch * p.heads + tile.head) * p.n_queries + tile.q_begin;
   Storage* out = static_cast<Storage*>(p.out) + first_out;
   const auto store_rows = [&](const T* rows, Storage* target) {
     for (int64_t i = 0; i < tile.n_queries; ++i) {
-      for (int64_t d = 0; d < p.value_dim; ++d) target[i * out_stride + d] = narrow<Storage>(rows[i * padded + d]);
+      for (int64_t d = 0; d < p.value_dim; ++d) target[i * out_stride + d] = narrow<Storage>(rows[i * stride + d]);
     }
   };
   if (params.knows_value) {
     for (int64_t i = 0; i < tile.n_queries; ++i) {
-      widen_row(out + i * out_stride, p.value_dim, padded, s.out_rows + i * padded);
+      widen_row(out + i * out_stride, p.value_dim, stride, s.out_rows + i * stride);
     }
   } else {
-    from_panel(s.out_panel, s.row_sum, tile.n_queries, p.value_dim, padded, s.out_rows);
+    from_panel(s.out_panel, s.row_sum, tile.n_queries, p.value_dim, stride, s.out_rows);
     if (tile.first_tangent == 0) {
       store_rows(s.out_rows, out);
       T* lse = static_cast<T*>(p.lse) + first_lse;
@@ -199,13 +199,13 @@ ANCHOR_ATTENTION_INLINE void store_outputs(const JvpTile& tile, const JvpScratch
   for (int64_t t = 0; t < tile.n_tangents; ++t) {
     const int64_t tangent = tile.first_tangent + t;
     T* lse_tangents = static_cast<T*>(params.lse_tangents) + tangent * p.batch * p.heads * p.n_queries + first_lse;
-    from_panel(s.out_tangent_panels + t * p.value_dim * kTileQueries<T>, s.row_sum, tile.n_queries, p.value_dim, padded,
+    from_panel(s.out_tangent_panels + t * p.value_dim * kTileQueries<T>, s.row_sum, tile.n_queries, p.value_dim, stride,
                s.rows);
     for (int64_t i = 0; i < tile.n_queries; ++i) {
       const T sum = s.row_sum[i];
       const T mean = sum == 0 ? T(0) : s.residual[t * kTileQueries<T> + i] / sum;
       lse_tangents[i] = sum == 0 ? T(0) : s.reference[t * kTileQueries<T> + i] + mean;
-      for (int64_t d = 0; d < p.value_dim; ++d) s.rows[i * padded + d] -= mean * s.out_rows[i * padded + d];
+      for (int64_t d = 0; d < p.value_dim; ++d) s.rows[i * stride + d] -= mean * s.out_rows[i * stride + d];
     }
     store_rows(s.rows,
                static_cast<Storage*>(params.out_tangents) + tangent * p.batch * p.n_queries * out_stride + first_out);
@@ -217,7 +217,7 @@ void jvp_tile_of(const JvpTile& tile) {
   const AttentionJvpParams& params = *tile.params;
   const AttentionParams& p = params.forward;
   const JvpScratch<T> s(tile.scratch, params, tile.n_tangents);
-  const int64_t padded = round_up_to_lanes<T>(p.head_dim), padded_values = round_up_to_lanes<T>(p.value_dim);
+  const int64_t stride = row_stride<T>(p.head_dim), value_stride = row_stride<T>(p.value_dim);
   const int64_t columns = round_up_to_lanes<T>(tile.n_queries);
   const T factor = static_cast<T>((p.scale < 0 ? -p.scale : p.scale) * kLog2E);
   begin_tile<Storage>(tile, s);
@@ -230,11 +230,11 @@ void jvp_tile_of(const JvpTile& tile) {
     for (int64_t key = tile.key_ranges[2 * r]; key < range_end; key += kChunkKeys) {
       const int64_t n_keys = range_end - key < kChunkKeys ? range_end - key : kChunkKeys;
       const auto rows_of = [&](const void* rows, int64_t tangent) {
-        return Broadcast<T>{static_cast<const T*>(rows) + (tangent * tile.tangent_rows + key) * padded, padded, 1};
+        return Broadcast<T>{static_cast<const T*>(rows) + (tangent * tile.tangent_rows + key) * stride, stride, 1};
       };
       const auto columns_of = [&](const void* rows, int64_t tangent) {
-        return Broadcast<T>{static_cast<const T*>(rows) + (tangent * tile.tangent_rows + key) * padded_values, 1,
-                            padded_values};
+        return Broadcast<T>{static_cast<const T*>(rows) + (tangent * tile.tangent_rows + key) * value_stride, 1,
+                            value_stride};
       };
       for (int64_t strip = 0; strip < columns; strip += kStrip) {
         const int64_t vectors = (columns - strip < kStrip ? columns - strip : kStrip) / kLanes<T>;

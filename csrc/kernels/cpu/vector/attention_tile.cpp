@@ -12,7 +12,7 @@ namespace {
 template <typename Operand, typename T = Sum<Operand>>
 struct ForwardScratch {
   ForwardScratch(void* base, const AttentionParams& p) : scratch(base) {
-    const int64_t padded = round_up_to_lanes<T>(p.head_dim > p.value_dim ? p.head_dim : p.value_dim);
+    const int64_t stride = row_stride<T>(p.head_dim > p.value_dim ? p.head_dim : p.value_dim);
     q_panel = scratch.take<Operand>(operands<Operand>(p.head_dim) * kTileQueries<T>);
     out_panel = scratch.take<T>(p.value_dim * kTileQueries<T>);
     scores = scratch.take<T>(kChunkKeys * kStripColumns<T>);
@@ -20,7 +20,7 @@ struct ForwardScratch {
     correction = scratch.take<T>(kStripColumns<T>);
     row_max = scratch.take<T>(kTileQueries<T>);
     row_sum = scratch.take<T>(kTileQueries<T>);
-    rows = scratch.take<T>(kTileQueries<T> * padded);
+    rows = scratch.take<T>(kTileQueries<T> * stride);
   }
 
   Scratch scratch;
@@ -31,17 +31,17 @@ struct ForwardScratch {
   T* correction;     // [strip_columns], what the earlier sums are multiplied by
   T* row_max;        // [tile_queries], in units of log 2
   T* row_sum;        // [tile_queries]
-  T* rows;           // [tile_queries, padded head_dim or value_dim], queries and then outputs
+  T* rows;           // [tile_queries, row_stride of head_dim or value_dim], queries and then outputs
 };
 
 template <typename Target, typename Operand, typename T = Sum<Operand>>
 ANCHOR_ATTENTION_INLINE void store_rows(const ForwardTile& tile, const ForwardScratch<Operand>& s, Target* out,
                                         int64_t out_stride, T* lse) {
   const int64_t value_dim = tile.params->value_dim;
-  const int64_t padded = round_up_to_lanes<T>(value_dim);
-  from_panel(s.out_panel, s.row_sum, tile.n_queries, value_dim, padded, s.rows);
+  const int64_t stride = row_stride<T>(value_dim);
+  from_panel(s.out_panel, s.row_sum, tile.n_queries, value_dim, stride, s.rows);
   for (int64_t i = 0; i < tile.n_queries; ++i) {
-    const T* row = s.rows + i * padded;
+    const T* row = s.rows + i * stride;
     for (int64_t d = 0; d < value_dim; ++d) out[i * out_stride + d] = narrow<Target>(row[d]);
     lse[i] = static_cast<T>((s.row_max[i] + log2(s.row_sum[i])) * kLn2);
   }
@@ -63,15 +63,15 @@ ANCHOR_ATTENTION_INLINE void store_outputs(const ForwardTile& tile,
 }
 
 template <typename Storage, typename T = Working<Storage>>
-ANCHOR_ATTENTION_INLINE void begin_tile(const ForwardTile& tile, int64_t padded,
+ANCHOR_ATTENTION_INLINE void begin_tile(const ForwardTile& tile, int64_t stride,
                                         const ForwardScratch<typename OperandOf<Storage>::Type>& s) {
   const AttentionParams& p = *tile.params;
-  load_queries<Storage>(p, tile.batch, tile.head, tile.q_begin, tile.n_queries, padded, s.rows);
+  load_queries<Storage>(p, tile.batch, tile.head, tile.q_begin, tile.n_queries, stride, s.rows);
   // The maximum is taken of unscaled scores, so the factor must not turn their order round: its sign goes into q.
   if (p.scale < 0) {
-    for (int64_t i = 0; i < tile.n_queries * padded; ++i) s.rows[i] = -s.rows[i];
+    for (int64_t i = 0; i < tile.n_queries * stride; ++i) s.rows[i] = -s.rows[i];
   }
-  to_panel(s.rows, tile.n_queries, padded, p.head_dim, s.q_panel);
+  to_panel(s.rows, tile.n_queries, stride, p.head_dim, s.q_panel);
   std::memset(s.out_panel, 0, p.value_dim * kTileQueries<T> * sizeof(T));
   // A finite start keeps −inf − (−inf) out of the exponent when every score so far is −inf.
   constexpr T kLowest = static_cast<T>(-1e38);
@@ -85,16 +85,15 @@ template <typename Storage, typename T = Working<Storage>>
 void forward_tile_of(const ForwardTile& tile) {
   using Operand = typename OperandOf<Storage>::Type;
   const AttentionParams& p = *tile.params;
-  const int64_t padded = round_up_to_lanes<T>(p.head_dim);
   const int64_t columns = round_up_to_lanes<T>(tile.n_queries);
-  const int64_t padded_values = round_up_to_lanes<T>(p.value_dim);
+  const int64_t stride = row_stride<T>(p.head_dim), k_stride = stride / kDepth<Operand>;
+  const int64_t v_stride = row_stride<T>(p.value_dim);
   const ForwardScratch<Operand> s(tile.scratch, p);
   const T factor = static_cast<T>((p.scale < 0 ? -p.scale : p.scale) * kLog2E);
 
-  if (tile.first) begin_tile<Storage>(tile, padded, s);
+  if (tile.first) begin_tile<Storage>(tile, stride, s);
 
   constexpr int64_t kStrip = kStripColumns<T>;
-  const int64_t k_stride = padded / kDepth<Operand>;
   const int64_t head_operands = operands<Operand>(p.head_dim);
   const Rows<Operand> probabilities{reinterpret_cast<const Operand*>(s.scores), kStrip};
   for (int64_t r = 0; r < tile.n_key_ranges; ++r) {
@@ -102,8 +101,8 @@ void forward_tile_of(const ForwardTile& tile) {
     for (int64_t key = tile.key_ranges[2 * r]; key < range_end; key += kChunkKeys) {
       const int64_t n_keys = range_end - key < kChunkKeys ? range_end - key : kChunkKeys;
       const Broadcast<Operand> k_rows{static_cast<const Operand*>(tile.k_rows) + key * k_stride, k_stride, 1};
-      const Broadcast<Operand> v_columns{
-          static_cast<const Operand*>(tile.v_stack) + key / kDepth<Operand> * padded_values, 1, padded_values};
+      const Broadcast<Operand> v_columns{static_cast<const Operand*>(tile.v_stack) + key / kDepth<Operand> * v_stride,
+                                         1, v_stride};
       for (int64_t strip = 0; strip < columns; strip += kStrip) {
         const int64_t vectors = (columns - strip < kStrip ? columns - strip : kStrip) / kLanes<T>;
         for (int64_t column = 0; column < kStrip; column += kLanes<T>) {

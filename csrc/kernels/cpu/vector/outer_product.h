@@ -86,6 +86,15 @@ ANCHOR_ATTENTION_INLINE void row_block(int64_t rows, Broadcast<Operand> a, Rows<
   }
 }
 
+// Asks for what an epilogue adds to, while the sums are formed: rows of a wide matrix lie too far apart for the
+// processor to foresee them.
+template <int kRows, typename Epilogue>
+ANCHOR_ATTENTION_INLINE void prefetch(const Epilogue& epilogue, int64_t row, int64_t column) {
+  if constexpr (requires { epilogue.template prefetch<kRows>(row, column); }) {
+    epilogue.template prefetch<kRows>(row, column);
+  }
+}
+
 // A separate function: inside a larger one the compiler gives registers that the block needs to other values.
 template <int kVectors, typename Operand, typename Epilogue>
 static ANCHOR_ATTENTION_NOINLINE void row_blocks(int64_t rows, Broadcast<Operand> a, Rows<Operand> b, int64_t steps,
@@ -93,6 +102,7 @@ static ANCHOR_ATTENTION_NOINLINE void row_blocks(int64_t rows, Broadcast<Operand
   constexpr int kRows = kBlockRows<kVectors>;
   int64_t row = 0;
   for (; row + kRows <= rows; row += kRows) {
+    prefetch<kRows>(epilogue, row, column);
     epilogue(multiply<kRows, kVectors>(a, b, steps), row, column);
     a.data += kRows * a.row_stride;
   }
@@ -125,6 +135,11 @@ template <typename T>
 struct AddTo {
   T* target;
   int64_t row_stride;
+
+  template <int kRows>
+  ANCHOR_ATTENTION_INLINE void prefetch(int64_t row, int64_t column) const {
+    for (int i = 0; i < kRows; ++i) __builtin_prefetch(target + (row + i) * row_stride + column, 1);
+  }
 
   template <int kRows, int kVectors>
   ANCHOR_ATTENTION_INLINE void operator()(const Block<kRows, kVectors, T>& block, int64_t row, int64_t column) const {

@@ -29,14 +29,14 @@ ANCHOR_ATTENTION_INLINE void stack_rows(const BFloat16* first, const BFloat16* s
 
 template <typename Storage, typename T = Working<Storage>>
 void pack_working_rows_of(const PackRows& p) {
-  const int64_t padded = round_up_to_lanes<T>(p.head_dim);
+  const int64_t stride = row_stride<T>(p.head_dim);
   T* packed = static_cast<T*>(p.packed);
   for (int64_t i = 0; i < p.n_rows; ++i) {
     const Storage* row = source_row<Storage>(p, i);
     if (row == nullptr) {
-      std::memset(packed + i * padded, 0, padded * sizeof(T));
+      std::memset(packed + i * stride, 0, stride * sizeof(T));
     } else {
-      widen_row(row, p.head_dim, padded, packed + i * padded);
+      widen_row(row, p.head_dim, stride, packed + i * stride);
     }
   }
 }
@@ -44,14 +44,14 @@ void pack_working_rows_of(const PackRows& p) {
 template <typename Storage, typename T = Working<Storage>>
 void pack_rows_of(const PackRows& p) {
   using Operand = typename OperandOf<Storage>::Type;
-  const int64_t padded = round_up_to_lanes<T>(p.head_dim);
+  const int64_t stride = row_stride<T>(p.head_dim);
   if constexpr (kDepth<Operand> == 2) {
     // Either two neighbours of a row make an operand, which is how the row lies in memory, or two rows do.
     BFloat16* packed = static_cast<BFloat16*>(p.packed);
-    const int64_t padding_bytes = (padded - p.head_dim) * static_cast<int64_t>(sizeof(BFloat16));
+    const int64_t padding_bytes = (stride - p.head_dim) * static_cast<int64_t>(sizeof(BFloat16));
     for (int64_t i = 0; i < p.n_rows; i += 2) {
       const Storage* rows[2] = {source_row<Storage>(p, i), source_row<Storage>(p, i + 1)};
-      BFloat16* target = packed + i * padded;
+      BFloat16* target = packed + i * stride;
       if (p.layout == PackedLayout::stack) {
         stack_rows(rows[0], rows[1], p.head_dim, target);
         std::memset(target + 2 * p.head_dim, 0, 2 * padding_bytes);
@@ -64,7 +64,7 @@ void pack_rows_of(const PackRows& p) {
           std::memcpy(target, row, p.head_dim * sizeof(BFloat16));
         }
         std::memset(target + p.head_dim, 0, padding_bytes);
-        target += padded;
+        target += stride;
       }
     }
   } else {
@@ -135,14 +135,14 @@ int64_t key_alignment(ScalarType dtype) {
 int64_t packed_row_bytes(int64_t head_dim, ScalarType dtype) {
   return dispatch(dtype, [&](auto storage) -> int64_t {
     using Operand = typename OperandOf<decltype(storage)>::Type;
-    return round_up_to_lanes<Sum<Operand>>(head_dim) / kDepth<Operand> * sizeof(Operand);
+    return row_stride<Sum<Operand>>(head_dim) / kDepth<Operand> * sizeof(Operand);
   });
 }
 
 int64_t sum_row_bytes(int64_t head_dim, ScalarType dtype) {
   return dispatch(dtype, [&](auto storage) -> int64_t {
     using T = Working<decltype(storage)>;
-    return round_up_to_lanes<T>(head_dim) * sizeof(T);
+    return row_stride<T>(head_dim) * sizeof(T);
   });
 }
 

@@ -29,6 +29,16 @@ constexpr int64_t round_up_to_lanes(int64_t n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+// Elements from one row of a head to the next where rows are read one below the other. Rows that are a multiple of
+// eight cache lines apart would share the few sets of the first-level cache: 64 of them don't fit, and one more line
+// separates them.
+template <typename T>
+constexpr int64_t row_stride(int64_t n) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t padded = round_up_to_lanes<T>(n);
+  return padded % (8 * kLine) == 0 ? padded + kLine : padded;
+}
+
 // Hands out pieces of a scratch buffer, or counts them where there is none.
 class Scratch {
  public:
@@ -101,23 +111,23 @@ ANCHOR_ATTENTION_INLINE const T* freqs_of(const void* freqs, const FreqsStrides&
   return static_cast<const T*>(freqs) + 2 * (batch * strides.batch + token * strides.token);
 }
 
-// Some tokens of a head as rows [n_tokens, padded] of the working type.
+// Some tokens of a head as rows [n_tokens, stride] of the working type.
 template <typename Storage, typename T = Working<Storage>>
 ANCHOR_ATTENTION_INLINE void load_rows(const void* tensor, const Strides& strides, int64_t batch, int64_t head,
-                                       int64_t begin, int64_t n_tokens, int64_t n, int64_t padded, T* rows) {
+                                       int64_t begin, int64_t n_tokens, int64_t n, int64_t stride, T* rows) {
   for (int64_t i = 0; i < n_tokens; ++i) {
-    widen_row(row_of<Storage>(tensor, strides, batch, begin + i, head), n, padded, rows + i * padded);
+    widen_row(row_of<Storage>(tensor, strides, batch, begin + i, head), n, stride, rows + i * stride);
   }
 }
 
-// The queries of a tile as rows [n_queries, padded] of the working type, rotated.
+// The queries of a tile as rows [n_queries, stride] of the working type, rotated.
 template <typename Storage, typename T = Working<Storage>>
 ANCHOR_ATTENTION_INLINE void load_queries(const AttentionParams& p, int64_t batch, int64_t head, int64_t q_begin,
-                                          int64_t n_queries, int64_t padded, T* rows) {
-  load_rows<Storage>(p.q, p.q_strides, batch, head, q_begin, n_queries, p.head_dim, padded, rows);
+                                          int64_t n_queries, int64_t stride, T* rows) {
+  load_rows<Storage>(p.q, p.q_strides, batch, head, q_begin, n_queries, p.head_dim, stride, rows);
   if (p.q_freqs == nullptr) return;
   for (int64_t i = 0; i < n_queries; ++i) {
-    T* row = rows + i * padded;
+    T* row = rows + i * stride;
     rotate_row<Storage>(row, freqs_of<T>(p.q_freqs, p.q_freqs_strides, batch, q_begin + i), p.head_dim, row);
   }
 }
@@ -141,7 +151,7 @@ ANCHOR_ATTENTION_INLINE T dot(const T* a, const Storage* b, int64_t n) {
 // What the backward needs of a tile in addition to its queries: dO as rows, and for each of `columns` queries lse in
 // units of log 2 and delta = Σ_d dO · O − grad_lse. An lse of +inf makes a row's probabilities 0.
 template <typename Storage, typename T = Working<Storage>>
-ANCHOR_ATTENTION_INLINE void load_statistics(const BackwardTile& tile, int64_t columns, int64_t padded,
+ANCHOR_ATTENTION_INLINE void load_statistics(const BackwardTile& tile, int64_t columns, int64_t stride,
                                              T* grad_out_rows, T* tile_lse, T* tile_delta) {
   constexpr double kLog2E = 1.4426950408889634;
   const AttentionBackwardParams& p = *tile.params;
@@ -156,22 +166,22 @@ ANCHOR_ATTENTION_INLINE void load_statistics(const BackwardTile& tile, int64_t c
     tile_lse[i] = kInfinity<T>;
     tile_delta[i] = 0;
     if (i >= tile.n_queries) continue;
-    T* grad_out_row = grad_out_rows + i * padded;
+    T* grad_out_row = grad_out_rows + i * stride;
     widen_row(row_of<Storage>(p.grad_out, p.grad_out_strides, tile.batch, tile.q_begin + i, tile.head), f.value_dim,
-              padded, grad_out_row);
+              stride, grad_out_row);
     const T delta = dot(grad_out_row, out + i * out_stride, f.value_dim);
     tile_delta[i] = delta - (grad_lse == nullptr ? T(0) : grad_lse[i]);
     if (lse[i] != -kInfinity<T>) tile_lse[i] = static_cast<T>(lse[i] * kLog2E);
   }
 }
 
-// Adds rows [n_queries, padded] to the sums of grad_q.
+// Adds rows [n_queries, stride] to the sums of grad_q.
 template <typename T>
-ANCHOR_ATTENTION_INLINE void add_grad_q(const BackwardTile& tile, int64_t padded, const T* rows) {
+ANCHOR_ATTENTION_INLINE void add_grad_q(const BackwardTile& tile, int64_t stride, const T* rows) {
   const AttentionParams& f = tile.params->forward;
   T* grad_q = static_cast<T*>(tile.grad_q);
   for (int64_t i = 0; i < tile.n_queries; ++i) {
-    for (int64_t d = 0; d < f.head_dim; ++d) grad_q[i * tile.grad_q_stride + d] += rows[i * padded + d];
+    for (int64_t d = 0; d < f.head_dim; ++d) grad_q[i * tile.grad_q_stride + d] += rows[i * stride + d];
   }
 }
 
@@ -226,36 +236,36 @@ ANCHOR_ATTENTION_INLINE void to_panel(const Sum<Operand>* rows, int64_t n_rows, 
   }
 }
 
-// Columns [strips, row_length, strip_columns] → rows [n_rows, padded], each divided by its sum. A sum of 0 says that
+// Columns [strips, row_length, strip_columns] → rows [n_rows, stride], each divided by its sum. A sum of 0 says that
 // every score was −inf: the row is 0, as without keys. Writes whole blocks of rows, and padding.
 template <typename T>
 ANCHOR_ATTENTION_INLINE void from_panel(const T* panel, const T* sums, int64_t n_rows, int64_t row_length,
-                                        int64_t padded, T* rows) {
+                                        int64_t stride, T* rows) {
   constexpr int64_t kStrip = kStripColumns<T>;
   for (int64_t column = 0; column < n_rows; column += kLanes<T>) {
     const T* columns = panel + column / kStrip * kStrip * row_length + column % kStrip;
     const Vector<T> sum = load(sums + column);
     const Vector<T> inverse = sum == T(0) ? Vector<T>{} : 1 / sum;
-    for (int64_t d = 0; d < padded; d += kLanes<T>) {
+    for (int64_t d = 0; d < stride; d += kLanes<T>) {
       Vector<T> block[kLanes<T>];
       for (int i = 0; i < kLanes<T>; ++i) {
         block[i] = d + i < row_length ? load(columns + (d + i) * kStrip) * inverse : Vector<T>{};
       }
       transpose_block<T>(block);
-      for (int i = 0; i < kLanes<T>; ++i) store(rows + (column + i) * padded + d, block[i]);
+      for (int i = 0; i < kLanes<T>; ++i) store(rows + (column + i) * stride + d, block[i]);
     }
   }
 }
 
-// Rows [n_rows, padded] → [operands along the rows, padded]: B of a product that sums over the rows.
+// Rows [n_rows, stride] → [operands along the rows, stride]: B of a product that sums over the rows.
 template <typename Operand>
-ANCHOR_ATTENTION_INLINE void to_stack(const Sum<Operand>* rows, int64_t n_rows, int64_t padded, Operand* stack) {
+ANCHOR_ATTENTION_INLINE void to_stack(const Sum<Operand>* rows, int64_t n_rows, int64_t stride, Operand* stack) {
   constexpr int kStep = kDepth<Operand>;
   for (int64_t i = 0; i < n_rows; i += kStep) {
-    const Sum<Operand>* row = rows + i * padded;
-    const Sum<Operand>* next = row + (kStep - 1) * padded;
-    for (int64_t d = 0; d < padded; ++d) {
-      stack[i / kStep * padded + d] = to_operand<Operand>(row[d], i + kStep <= n_rows ? next[d] : Sum<Operand>(0));
+    const Sum<Operand>* row = rows + i * stride;
+    const Sum<Operand>* next = row + (kStep - 1) * stride;
+    for (int64_t d = 0; d < stride; ++d) {
+      stack[i / kStep * stride + d] = to_operand<Operand>(row[d], i + kStep <= n_rows ? next[d] : Sum<Operand>(0));
     }
   }
 }
