@@ -33,7 +33,7 @@ CALLERS = "benchmarks/tile_rates.cpp"
 # As in cmake/sources.cmake.
 FLAGS = "-mavx2 -mfma -std=gnu++20 -O3 -fPIC -fno-math-errno -fno-trapping-math -Wno-psabi".split()
 OTHER_TYPES = re.compile(r"    case ScalarType::bfloat16:.*?(?=    default:\n      return function\(float)", re.DOTALL)
-SHAPE = (1024, 1024, 64)
+TOKENS, HEAD_DIM = 1024, 64
 FLOPS = {"forward": 4.0, "backward": 10.0}
 SECONDS_PER_TURN = 0.01
 REGISTER_ITERATIONS = 1_000_000
@@ -54,7 +54,9 @@ DESIGNS = (
     Design("6 × 2, turn of 4 steps", 0.88, {}),
     Design("6 × 2, turn of 1 step", 0.85, {"UNROLL": 1}),
     Design("4 × 3, turn of 4 steps, 48 queries", 0.88, {"BLOCK_VECTORS": 3, "TILE_VECTORS": 6}),
+    Design("6 × 2, chunks of 64 keys", 0.86, {"CHUNK_KEYS": 64}),
     Design("6 × 2, chunks of 128 keys", 0.89, {"CHUNK_KEYS": 128}),
+    Design("6 × 2, tiles of 128 queries", 0.88, {"TILE_VECTORS": 16}),
     Design("6 × 1, turn of 4 steps", 0.66, {"BLOCK_VECTORS": 1}),
 )
 
@@ -93,9 +95,9 @@ def rate_of(seconds: Callable[[int], float], flops: float) -> Callable[[], float
     return lambda: flops * calls / seconds(calls) / 1e9
 
 
-def library_turns(library: ctypes.CDLL) -> dict[str, Callable[[], float]]:
-    problem = ctypes.c_void_p(library.make_problem(*map(ctypes.c_long, SHAPE)))
-    scores = SHAPE[0] * SHAPE[1] * SHAPE[2]
+def library_turns(library: ctypes.CDLL, head_dim: int) -> dict[str, Callable[[], float]]:
+    problem = ctypes.c_void_p(library.make_problem(*map(ctypes.c_long, (TOKENS, TOKENS, head_dim))))
+    scores = TOKENS * TOKENS * head_dim
 
     def turn(name: str) -> Callable[[], float]:
         function = library[f"{name}_seconds"]
@@ -105,10 +107,9 @@ def library_turns(library: ctypes.CDLL) -> dict[str, Callable[[], float]]:
     return {name: turn(name) for name in FLOPS}
 
 
-def sdpa_turns() -> dict[str, Callable[[], float]]:
+def sdpa_turns(head_dim: int) -> dict[str, Callable[[], float]]:
     """PyTorch's own, on one thread, by the same clock."""
-    n_queries, n_keys, head_dim = SHAPE
-    q, k, v = (torch.randn(1, 1, n, head_dim, requires_grad=True) for n in (n_queries, n_keys, n_keys))
+    q, k, v = (torch.randn(1, 1, TOKENS, head_dim, requires_grad=True) for _ in range(3))
 
     def forward(calls: int) -> float:
         start = time.thread_time()
@@ -130,13 +131,13 @@ def sdpa_turns() -> dict[str, Callable[[], float]]:
                 flash_backward(grad_out, q, k, v, result, lse, 0.0, False)
         return time.thread_time() - start
 
-    scores = n_queries * n_keys * head_dim
+    scores = TOKENS * TOKENS * head_dim
     return {name: rate_of(f, FLOPS[name] * scores) for name, f in (("forward", forward), ("backward", backward))}
 
 
 def matmul_turn() -> Callable[[], float]:
     """torch's matrix product of the same inner sizes: what a library of products reaches in the same moment."""
-    a, b = torch.randn(SHAPE[0], SHAPE[0]), torch.randn(SHAPE[0], SHAPE[0])
+    a, b = torch.randn(TOKENS, TOKENS), torch.randn(TOKENS, TOKENS)
 
     def seconds(calls: int) -> float:
         start = time.thread_time()
@@ -144,7 +145,7 @@ def matmul_turn() -> Callable[[], float]:
             torch.mm(a, b)
         return time.thread_time() - start
 
-    return rate_of(seconds, 2.0 * SHAPE[0] ** 3)
+    return rate_of(seconds, 2.0 * TOKENS**3)
 
 
 def register_turn() -> Callable[[], float]:
@@ -160,7 +161,7 @@ def register_turn() -> Callable[[], float]:
     return turn
 
 
-def measure(designs: tuple[Design, ...], rounds: int) -> dict[str, Any]:
+def measure(designs: tuple[Design, ...], head_dim: int, rounds: int) -> dict[str, Any]:
     """Rates by design and pass, and their shares of the registers' rate."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -168,9 +169,9 @@ def measure(designs: tuple[Design, ...], rounds: int) -> dict[str, Any]:
     turns: dict[tuple[str, str], Callable[[], float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for design in designs:
-            for name, turn in library_turns(compile_design(design, Path(folder))).items():
+            for name, turn in library_turns(compile_design(design, Path(folder)), head_dim).items():
                 turns[design.name, name] = turn
-        for name, turn in sdpa_turns().items():
+        for name, turn in sdpa_turns(head_dim).items():
             turns["scaled_dot_product_attention", name] = turn
         turns["torch.mm", "product"] = matmul_turn()
         rates: dict[tuple[str, str], list[float]] = {key: [] for key in turns}
@@ -221,6 +222,7 @@ def main() -> None:
         metavar="REVISION",
         help=f"take {CALLERS} for --previous from this revision, if today's does not fit",
     )
+    parser.add_argument("--head-dim", type=int, default=HEAD_DIM, help=f"size of the head (default: {HEAD_DIM})")
     parser.add_argument("--rounds", type=int, default=41, help="turns of every design (default: 41)")
     parser.add_argument("--output", type=Path, default=results_folder().parent / ISA, help="folder of the results")
     arguments = parser.parse_args()
@@ -228,11 +230,13 @@ def main() -> None:
     if arguments.previous:
         name = f"before ({arguments.previous})"
         designs += (Design(name, None, {}, arguments.previous, arguments.callers),)
-    results = {"environment": environment(1), "shape": SHAPE, "rounds": arguments.rounds}
-    results |= measure(designs, arguments.rounds)
+    shape = (TOKENS, TOKENS, arguments.head_dim)
+    results = {"environment": environment(1), "shape": shape, "rounds": arguments.rounds}
+    results |= measure(designs, arguments.head_dim, arguments.rounds)
+    stem = "attempts" if arguments.head_dim == HEAD_DIM else f"attempts_hd{arguments.head_dim}"
     arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "attempts.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.output / "attempts.md").write_text(markdown(results))
+    (arguments.output / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.output / f"{stem}.md").write_text(markdown(results))
     print(markdown(results))
 
 

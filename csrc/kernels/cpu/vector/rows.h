@@ -12,7 +12,8 @@ namespace anchor_attention::cpu::ANCHOR_ATTENTION_ISA {
 #if defined(ANCHOR_ATTENTION_CHUNK_KEYS)
 constexpr int64_t kChunkKeys = ANCHOR_ATTENTION_CHUNK_KEYS;
 #else
-constexpr int64_t kChunkKeys = 64;
+// With 16 registers a multiple of the block's rows: a last block of four rows has too few independent sums.
+constexpr int64_t kChunkKeys = kRegisters == 32 ? 64 : 96;
 #endif
 #if defined(ANCHOR_ATTENTION_TILE_VECTORS)
 constexpr int64_t kTileVectors = ANCHOR_ATTENTION_TILE_VECTORS;
