@@ -239,13 +239,17 @@ def default(value: T) -> T:
     return cast(T, _Default(value))
 
 
-def given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that were given: neither a default nor ``None`` where a value is required."""
+def given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that the caller gave, from the ``locals()`` with which a module's constructor begins.
+
+    A field is given if its value is neither a :func:`default` nor ``None`` where a value is required.
+    """
+    no_fields = ("self", "__class__", "config", "unknown")
     required = ("hidden_dim", "dim", "num_heads", "branches")
     return {
         name: value
-        for name, value in fields.items()
-        if not isinstance(value, _Default) and not (value is None and name in required)
+        for name, value in arguments.items()
+        if name not in no_fields and not isinstance(value, _Default) and not (value is None and name in required)
     }
 
 

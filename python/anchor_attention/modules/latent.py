@@ -71,20 +71,7 @@ class LatentAttention(nn.Module):
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
-        fields = {
-            "hidden_dim": hidden_dim,
-            "num_heads": num_heads,
-            "num_latents": num_latents,
-            "branches": branches,
-            "anchor_suffix": anchor_suffix,
-            "per_branch": per_branch,
-            "scale": scale,
-            "init_weights": init_weights,
-            "bias": bias,
-            "qk_norm": qk_norm,
-            "dim": dim,
-        }
-        resolved = resolve_config(LatentAttentionConfig, config, given(fields), unknown)
+        resolved = resolve_config(LatentAttentionConfig, config, given(locals()), unknown)
         self.hidden_dim = resolved.hidden_dim
         self.num_heads = resolved.num_heads
         self.head_dim = resolved.head_dim

@@ -53,17 +53,7 @@ class MixedAttention(nn.Module):
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
-        fields = {
-            "hidden_dim": hidden_dim,
-            "num_heads": num_heads,
-            "use_rope": use_rope,
-            "dropout": dropout,
-            "init_weights": init_weights,
-            "bias": bias,
-            "qk_norm": qk_norm,
-            "dim": dim,
-        }
-        resolved = resolve_config(MixedAttentionConfig, config, given(fields), unknown)
+        resolved = resolve_config(MixedAttentionConfig, config, given(locals()), unknown)
         self.hidden_dim = resolved.hidden_dim
         self.num_heads = resolved.num_heads
         self.head_dim = resolved.head_dim

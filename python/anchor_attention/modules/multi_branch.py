@@ -62,19 +62,7 @@ class MultiBranchAnchorAttention(nn.Module):
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
-        fields = {
-            "hidden_dim": hidden_dim,
-            "num_heads": num_heads,
-            "branches": branches,
-            "anchor_suffix": anchor_suffix,
-            "use_rope": use_rope,
-            "dropout": dropout,
-            "init_weights": init_weights,
-            "bias": bias,
-            "qk_norm": qk_norm,
-            "dim": dim,
-        }
-        resolved = resolve_config(self.config_class, config, given(fields), unknown)
+        resolved = resolve_config(self.config_class, config, given(locals()), unknown)
         self.mixed_attention = MixedAttention(resolved)
         self.branches = resolved.branches
         self.anchor_suffix = resolved.anchor_suffix

@@ -57,18 +57,7 @@ class PerceiverAttention(nn.Module):
         **unknown: NoReturn,
     ) -> None:
         super().__init__()
-        fields = {
-            "hidden_dim": hidden_dim,
-            "num_heads": num_heads,
-            "kv_dim": kv_dim,
-            "num_kv_heads": num_kv_heads,
-            "use_rope": use_rope,
-            "init_weights": init_weights,
-            "bias": bias,
-            "qk_norm": qk_norm,
-            "dim": dim,
-        }
-        resolved = resolve_config(PerceiverAttentionConfig, config, given(fields), unknown)
+        resolved = resolve_config(PerceiverAttentionConfig, config, given(locals()), unknown)
         self.hidden_dim = resolved.hidden_dim
         self.num_heads = resolved.num_heads
         self.head_dim = resolved.head_dim
