@@ -1,9 +1,10 @@
 // Ranks search results: pages on the internals come after those for users.
 var Scorer = {
+  // A result is [page, title, anchor, description, score, ...].
   score: function (result) {
-    var page = result[0], score = result[5];
-    var inside = /^(cpu|cuda|hopper|hopper_backward|overhead|gpu|adding-an-operation)$/;
-    return inside.test(page) ? score - 1000 : score;
+    const page = result[0], score = result[4];
+    const internals = /^(overhead|cpu|cuda|gpu|hopper|hopper_backward|adding-an-operation)$/;
+    return internals.test(page) ? score - 1000 : score;
   },
   objNameMatch: 11,
   objPartialMatch: 6,

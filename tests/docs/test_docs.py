@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sphinx
 
 import anchor_attention
 from anchor_attention import distributed, streaming
@@ -47,6 +48,16 @@ def test_every_page_is_in_the_contents() -> None:
         assert page == "index.md" or any(
             Path(page).stem == Path(p).stem or Path(page).match(f"{p}.md") for p in patterns
         )
+
+
+def test_search_ranks_the_internals_last() -> None:
+    contents = re.search(r":caption: Internals\n\n(.*?)```", (DOCS / "index.md").read_text(), flags=re.S).group(1)
+    internals = {path.stem for line in contents.split() for path in DOCS.glob(f"{line}.md")}
+    scorer = (DOCS / "search_scorer.js").read_text()
+    assert set(re.search(r"internals = /\^\((.*)\)\$/", scorer).group(1).split("|")) == internals
+    # Where Sphinx keeps the score in a result, and that it calls the scorer with one.
+    search = Path(sphinx.__file__).parent / "themes" / "basic" / "static" / "searchtools.js"
+    assert "(item[4] = Scorer.score(item))" in search.read_text() and "score = result[4]" in scorer
 
 
 def test_every_public_name_is_in_the_reference() -> None:
