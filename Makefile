@@ -12,6 +12,7 @@
 # make gpu-package   what travels to a machine with a GPU and no network, and the first three commands there
 # make wheel  one wheel for every Python and torch, and the source distribution, into dist
 # make test-noether  the integration tests against releases of emmiai-noether from PyPI, put under build/noether
+# make test-physicsnemo   the integration tests against nvidia-physicsnemo from PyPI, put under build/physicsnemo
 # make test-cuda-torch   the library in a torch that is built with CUDA, on a machine without a GPU (gigabytes)
 # make wheel-test   the wheel in fresh environments, with every torch and Python that can be had (gigabytes)
 # Each sets up all that it needs: an environment where torch is importable is used, otherwise .venv is made.
@@ -39,7 +40,7 @@ TEST_NEEDS := build/.complete build/.test-packages build/.examples-packages buil
 TEST_NEEDS += $(if $(CI),build/.corpus-packages)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo windtunnel test fuzz fuzz-arguments fuzz-native test-slow test-corpus test-cuda-torch bench docs gpu gpu-package wheel wheel-test test-noether test-sanitizers test-aarch64 lint typecheck format clean help
+.PHONY: demo windtunnel test fuzz fuzz-arguments fuzz-native test-slow test-corpus test-cuda-torch bench docs gpu gpu-package wheel wheel-test test-noether test-physicsnemo test-sanitizers test-aarch64 lint typecheck format clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -132,6 +133,10 @@ wheel-test: wheel
 NOETHER_VERSIONS ?= 1.1.0 2.0.0 2026.4.0
 test-noether: build/.runnable build/.test-packages
 	$(PYTHON) scripts/noether_versions.py $(NOETHER_VERSIONS)
+
+test-physicsnemo: build/.runnable build/.test-packages
+	folder="$$($(PYTHON) scripts/fetch_physicsnemo.py)" && PYTHONPATH="python:$$folder:$$PYTHONPATH" \
+	  $(PYTHON) -m pytest -q -p no:cacheprovider tests/integrations/test_physicsnemo_package.py
 
 test-cuda-torch: build/.complete
 	PYTHONPATH=python $(PYTHON) -m tools.cuda_torch

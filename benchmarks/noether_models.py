@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anchor_attention.benchmark import interleave, ratios
+from anchor_attention.benchmark import ratios
 from anchor_attention.benchmark.timing import quartiles
 from anchor_attention.integrations.noether import accelerate
 
-from .machine import environment, listing, results_folder
+from .machine import environment, results_folder
+from .whole_models import outputs_and_gradients, relative_difference, seconds_of_passes, write
 
 try:
     from noether.core.schemas.dataset import DomainDataSpec, FieldDimSpec, ModelDataSpecs
@@ -193,39 +193,9 @@ def precision(case: Case) -> AbstractContextManager[None]:
     return torch.autocast("cpu", torch.bfloat16, enabled=case.autocast)
 
 
-def loss_of(outputs: dict[str, Tensor]) -> Tensor:
-    """A sum whose gradient differs from output to output."""
-    return torch.stack([(value * torch.cos(torch.arange(value.shape[-1]))).sum() for value in outputs.values()]).sum()
-
-
-def relative_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest difference of any tensor, in units of the largest value of its layer.
-
-    Weight and bias of a layer share a unit, since the gradient of a bias can be all cancellation: a softmax does not
-    see what all keys have in common, so that but for the rotation a bias of the keys would have none.
-    """
-    if set(found) != set(expected):
-        raise AssertionError(f"the results differ in their names: {sorted(set(found) ^ set(expected))}")
-    units: dict[str, float] = {}
-    for name, value in expected.items():
-        layer = name.rpartition(".")[0] or name
-        units[layer] = max(units.get(layer, 1e-30), value.abs().max().item() if value.numel() else 0.0)
-    return max(
-        (found[name] - value).abs().max().item() / units[name.rpartition(".")[0] or name]
-        for name, value in expected.items()
-        if value.numel()
-    )
-
-
-def outputs_and_gradients(
-    model: AnchoredBranchedUPT, inputs: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One pass forward and back."""
-    model.zero_grad()
-    outputs, _ = model(**inputs)
-    loss_of(outputs).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {name: value.detach() for name, value in outputs.items()}, gradients
+def outputs_of(result: tuple[dict[str, Tensor], Any]) -> dict[str, Tensor]:
+    """What a model returns besides its cache."""
+    return result[0]
 
 
 @torch.no_grad()
@@ -244,10 +214,10 @@ def equality(case: Case, model: AnchoredBranchedUPT, fast: AnchoredBranchedUPT) 
     """
     inputs = make_inputs(case)
     with anchor_padding(model, case), anchor_padding(fast, case):
-        exact = outputs_and_gradients(model, inputs)
+        exact = outputs_and_gradients(model, inputs, outputs_of)
         with precision(case):
-            found = outputs_and_gradients(fast, inputs)
-            package = outputs_and_gradients(model, inputs) if case.autocast else None
+            found = outputs_and_gradients(fast, inputs, outputs_of)
+            package = outputs_and_gradients(model, inputs, outputs_of) if case.autocast else None
     kinds = ("outputs", "gradients")
     result: dict[str, Any] = dict(zip(kinds, map(relative_difference, found, exact), strict=True)) | {"cached": None}
     if package is not None:
@@ -272,34 +242,9 @@ def too_different(records: list[dict[str, Any]]) -> list[str]:
 
 
 def speed(case: Case, model: AnchoredBranchedUPT, fast: AnchoredBranchedUPT, rounds: int) -> dict[str, Any]:
-    """Seconds of both models in every round: forward, forward and backward, and the cached second pass."""
-
-    def forward(module: AnchoredBranchedUPT) -> Callable[[dict[str, Any]], object]:
-        @torch.no_grad()
-        def call(inputs: dict[str, Any]) -> object:
-            return module(**inputs)
-
-        return call
-
-    def training(module: AnchoredBranchedUPT) -> Callable[[dict[str, Any]], object]:
-        def call(inputs: dict[str, Any]) -> object:
-            module.zero_grad()
-            outputs, _ = module(**inputs)
-            loss_of(outputs).backward()
-            return outputs
-
-        return call
-
-    passes: dict[str, Callable[[AnchoredBranchedUPT], Callable[[dict[str, Any]], object]]] = {
-        "forward": forward,
-        "forward + backward": training,
-    }
-    seconds = {}
+    """Seconds of both models in every round: forward, and forward and backward."""
     with anchor_padding(model, case), anchor_padding(fast, case), precision(case):
-        for name, make in passes.items():
-            contestants = {"before": make(model), "after": make(fast)}
-            seconds[name] = interleave(contestants, lambda: make_inputs(case), rounds=rounds)
-    return seconds
+        return seconds_of_passes(model, fast, lambda: make_inputs(case), outputs_of, rounds)
 
 
 def table(records: list[dict[str, Any]]) -> list[str]:
@@ -319,12 +264,6 @@ def table(records: list[dict[str, Any]]) -> list[str]:
                 f"| {middle:.2f} ({low:.2f} – {high:.2f}) | {before:.0f} | {after:.0f} |"
             )
     return lines
-
-
-def write(folder: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    """Writes raw JSON and the table."""
-    (folder / "noether_models.json").write_text(json.dumps({"environment": about, "records": records}, indent=1) + "\n")
-    (folder / "noether_models.md").write_text("\n".join([*listing(about), *table(records)]) + "\n")
 
 
 def _chosen(name: str, asked: list[str]) -> bool:
@@ -370,7 +309,7 @@ def main() -> None:
         records.append(record)
         print("\n".join(table([record])[2:]), flush=True)
         # Every finished case is on disk at once: an interrupted run leaves what it measured.
-        write(folder, about, records)
+        write(folder, "noether_models", about, records, table(records))
     if different := too_different(records):
         sys.exit("\n".join(different))
 

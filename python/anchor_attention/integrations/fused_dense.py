@@ -38,7 +38,7 @@ class DotProductForward(FusedForward):
             self._normalised("q_norm", q),
             self._normalised("k_norm", k),
             v,
-            _dense_table(x.shape[1], x.shape[1]),
+            dense_table(x.shape[1], x.shape[1]),
             q_freqs=freqs,
             k_freqs=freqs,
             key_mask=_key_mask(mask, x.shape[0]),
@@ -90,7 +90,7 @@ class PerceiverForward(FusedForward):
             self._normalised("q_norm", self._heads(self.q(x, *token_specs))),
             k,
             v,
-            _dense_table(x.shape[1], k.shape[1]),
+            dense_table(x.shape[1], k.shape[1]),
             q_freqs=None if q_freqs is None else readable(q_freqs),
             key_mask=_key_mask(mask, x.shape[0]),
         )
@@ -118,7 +118,7 @@ class UntiedPerceiverForward(PerceiverForward):
 
 
 @bounded_cache
-def _dense_table(n_queries: int, n_keys: int) -> KeyRangeTable:
+def dense_table(n_queries: int, n_keys: int) -> KeyRangeTable:
     return KeyRangeTable((0, n_queries), (0, 1), (0, n_keys))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 BATCH = 2
 # Makes scores of some tens: an original may bound them.
@@ -45,7 +45,7 @@ class _Pattern:
 
 def random_values(*shape: int) -> Tensor:
     """Normal numbers in float32, the same for a model on any device."""
-    return torch.randn(*shape, device="cpu", dtype=torch.float32)
+    return torch.randn(shape, device="cpu", dtype=torch.float32)
 
 
 def cases(module: nn.Module, branches: Sequence[str], device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -55,6 +55,8 @@ def cases(module: nn.Module, branches: Sequence[str], device: torch.device, dtyp
         yield from _mixed_cases(inputs, branches)
     elif "kv" in inputs.names:
         yield from _perceiver_cases(inputs, branches)
+    elif hasattr(module, "q_global"):
+        yield from _latent_cases(inputs)
     else:
         yield from _plain_cases(inputs)
 
@@ -93,8 +95,8 @@ class _Inputs:
             entered: list[Tensor] = []
             with torch.set_grad_enabled(bool(tokens)):
                 for name in tokens:
-                    inputs[name] = inputs[name].detach().requires_grad_()
-                proj = module.get_submodule("proj")
+                    inputs[name] = tree_map(lambda part: part.detach().requires_grad_(), inputs[name])
+                proj = module.get_submodule("out_linear" if hasattr(module, "q_global") else "proj")
                 handle = proj.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
                 try:
                     result = module.forward(**inputs)
@@ -104,7 +106,7 @@ class _Inputs:
                 if not tokens:
                     return result, entered
                 total = sum((out * torch.cos(torch.arange(out.shape[-1], device=out.device))).sum() for out in outputs)
-                grads = torch.autograd.grad(total, [inputs[name] for name in tokens])  # type: ignore[arg-type]
+                grads = torch.autograd.grad(total, tree_leaves([inputs[name] for name in tokens]))  # type: ignore[arg-type]
             return [out.detach() for out in (*outputs, *entered)], grads
 
         return run
@@ -289,3 +291,24 @@ def _perceiver_cases(inputs: _Inputs, branches: Sequence[str]) -> Iterator[Case]
                 return whole, inputs.call(kv_cache=whole[0][1], **cached)(module)
 
             yield f"{name} and a cache", both, False
+
+
+def _latent_cases(inputs: _Inputs) -> Iterator[Case]:
+    module: Any = inputs.module
+    width = module.in_project_x.in_features
+    several = "context" in inputs.names
+    # Two runs of dropout can't be compared; it is a layer of its own, which the stand-in calls.
+    trains = all(getattr(part, "p", 0.0) == 0.0 for part in module.modules())
+    for name, n in {"many tokens": 67, "fewer tokens than latents": 3, "one token": 1}.items():
+        x = inputs.tokens(n, width)
+        yield name, inputs.call("x", x=(x,) if several else x), trains
+        if inputs.dtype in (torch.float32, torch.float64) and n > 1:
+            yield f"{name}, large", inputs.call(x=(LARGE * x,) if several else LARGE * x), False
+    if several and hasattr(module, "cross_k"):
+        streams = tuple(inputs.tokens(n, width) for n in (9, 4))
+        yield "two streams", inputs.call("x", x=streams), trains
+        context = random_values(BATCH, module.heads, 7, module.cross_k.in_features)
+        context = context.to(inputs.device, inputs.dtype)
+        yield "two streams and a context", inputs.call("x", "context", x=streams, context=context), trains
+        if inputs.dtype in (torch.float32, torch.float64):
+            yield "a large context", inputs.call(x=streams, context=LARGE * context), False
