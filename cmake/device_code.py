@@ -33,6 +33,7 @@ KERNELS = {
     "attention_backward_key": "backward_key",
     "attention_backward": "backward",
     "attention_forward": "forward",
+    "attention_jvp": "jvp",
     "attention_merge": "merge",
     "attention_query_gradient": "query_gradient",
     "attention_row_statistics": "row_statistics",

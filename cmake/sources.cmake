@@ -50,6 +50,7 @@ set(CUDA_PLAN_SOURCES
   csrc/kernels/cuda/common/plan_parts.cpp
   csrc/kernels/cuda/common/plan_rope.cpp
   csrc/kernels/cuda/common/schedule.cpp
+  csrc/kernels/cuda/sm80/plan_derivatives.cpp
   csrc/kernels/cuda/sm80/plan_sm80.cpp
   csrc/kernels/cuda/sm90/backward_schedule.cpp
   csrc/kernels/cuda/sm90/plan_backward.cpp

@@ -69,7 +69,7 @@ class Device:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
             generation = "sm90" if self.name == EMULATED_HOPPER else "sm80"
-            for function in (attention, attention_backward, rope, rope_backward):
+            for function in (attention, attention_backward, attention_jvp, rope, rope_backward):
                 implementation = partial(function, generation=generation)
                 library.impl(function.__name__, implementation, "CPU", allow_override=True)
         try:
@@ -86,9 +86,9 @@ def _array(tensor: torch.Tensor | None) -> Array | None:
     return tensor.view(torch.uint16).numpy() if tensor.element_size() == 2 else tensor.numpy()
 
 
-def _gradient(grad: torch.Tensor) -> torch.Tensor:
-    """Autograd's gradients come in any layout; the kernels read those whose last axis is contiguous."""
-    return grad if grad.stride(-1) == 1 else grad.contiguous()
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """Gradients and tangents come in any layout; the kernels read those whose last axis is contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _tensor(array: Array, like: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ def attention_backward(
     needed = {"q": need_q, "k": need_k, "v": need_v, "q_freqs": need_q_freqs}
     grads = cuda_plans.attention_backward(
         _NAMES[q.dtype], *map(_array, (q, k, v)), _entries(q_ranges, k_offsets, k_ranges),
-        *map(_array, (out, lse, _gradient(grad_out))),
+        *map(_array, (out, lse, _readable(grad_out))),
         grad_lse=None if grad_lse is None else _array(grad_lse.contiguous()), q_freqs=_array(q_freqs),
         key_mask=_array(key_mask), scale=scale, allow_tf32=allow_tf32,
         run=cuda_plans.KernelRun(generation=generation),
@@ -143,6 +143,24 @@ def attention_backward(
         _tensor(grads[name], tensor) if name in grads and tensor is not None else q.new_empty(0)
         for name, tensor in like.items()
     )
+
+
+def attention_jvp(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor | None,
+    q_tangents: torch.Tensor | None, k_tangents: torch.Tensor | None, v_tangents: torch.Tensor | None,
+    q_ranges: Sequence[int], k_offsets: Sequence[int], k_ranges: Sequence[int],
+    key_mask: torch.Tensor | None = None, scale: float | None = None, *, generation: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """``anchor_attention::attention_jvp``, not for float64."""
+    of_q, of_k, of_v = (None if t is None else _array(_readable(t)) for t in (q_tangents, k_tangents, v_tangents))
+    arrays = cuda_plans.attention_jvp(
+        _NAMES[q.dtype], *map(_array, (q, k, v)), _entries(q_ranges, k_offsets, k_ranges), out=_array(out),
+        lse=_array(lse), q_tangents=of_q, k_tangents=of_k, v_tangents=of_v, key_mask=_array(key_mask), scale=scale,
+        run=cuda_plans.KernelRun(generation=generation),
+    )  # fmt: skip
+    new_out, new_lse, out_tangents, lse_tangents = arrays
+    value = (_tensor(new_out, q), torch.from_numpy(new_lse)) if out is None else (q.new_empty(0), q.new_empty(0))
+    return *value, _tensor(out_tangents, q), torch.from_numpy(lse_tangents)
 
 
 def rope(x: torch.Tensor, freqs: torch.Tensor, *, generation: str) -> torch.Tensor:
@@ -167,7 +185,7 @@ def rope_backward(
     else:
         run = cuda_plans.KernelRun(generation=generation)
         arrays = cuda_plans.rope_backward(
-            _NAMES[grad_out.dtype], *map(_array, (source, freqs, _gradient(grad_out))), run=run
+            _NAMES[grad_out.dtype], *map(_array, (source, freqs, _readable(grad_out))), run=run
         )
         grad_x, grad_freqs = _tensor(arrays[0], grad_out), torch.from_numpy(arrays[1])
     return grad_x if need_x else grad_out.new_empty(0), grad_freqs if need_freqs else freqs.new_empty(0)

@@ -18,7 +18,7 @@ std::tuple<std::string, std::string, std::string> cpu_instruction_sets();
 struct Cpu {
   static void attention(const AttentionParams& params, const Tensor& like, bool allow_tf32);
   static void attention_backward(const AttentionBackwardParams& params, const Tensor& like, bool allow_tf32);
-  static void attention_jvp(const AttentionJvpParams& params);
+  static void attention_jvp(const AttentionJvpParams& params, const Tensor& like);
   static void attention_double_backward(const AttentionDoubleBackwardParams& params);
   static void rope(const RopeParams& params, const Tensor& like);
   static void rope_backward(const RopeBackwardParams& params, const Tensor& like);
@@ -28,6 +28,7 @@ struct Cpu {
 struct Cuda {
   static void attention(const AttentionParams& params, const Tensor& like, bool allow_tf32);
   static void attention_backward(const AttentionBackwardParams& params, const Tensor& like, bool allow_tf32);
+  static void attention_jvp(const AttentionJvpParams& params, const Tensor& like);
   static void rope(const RopeParams& params, const Tensor& like);
   static void rope_backward(const RopeBackwardParams& params, const Tensor& like);
 };

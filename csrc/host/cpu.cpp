@@ -51,7 +51,7 @@ void Cpu::attention_backward(const AttentionBackwardParams& params, const Tensor
   run([&](const cpu::Executor& executor) { cpu::attention_backward(params, executor, allow_tf32); });
 }
 
-void Cpu::attention_jvp(const AttentionJvpParams& params) {
+void Cpu::attention_jvp(const AttentionJvpParams& params, const Tensor&) {
   run([&](const cpu::Executor& executor) { cpu::attention_jvp(params, executor); });
 }
 

@@ -97,6 +97,13 @@ void Cuda::attention_backward(const AttentionBackwardParams& params, const Tenso
   });
 }
 
+void Cuda::attention_jvp(const AttentionJvpParams& params, const Tensor& like) {
+  on_gpu("attention_jvp", like, [&](Context& context) {
+    cuda::attention_jvp(params, options(/*allow_tf32=*/false), context.target(),
+                        [&](int64_t bytes) { return context.allocate(bytes); });
+  });
+}
+
 void Cuda::rope(const RopeParams& params, const Tensor& like) {
   on_gpu("rope", like, [&](Context& context) { cuda::rope(params, context.target()); });
 }

@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_jvp(Tensor q, Tensor k, Ten
   }
   auto [out_tangents, lse_tangents] = new_tangents(q, params, /*stacked=*/true);
   if (q.numel() > 0 && tangents.n > 0) {
-    Device::attention_jvp(params);
+    Device::attention_jvp(params, q);
   } else if (q.numel() > 0 && !params.knows_value) {
     Device::attention(params.forward, q, /*allow_tf32=*/false);
   }
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
   auto [grad_q, grad_k, grad_v, no_grad_q_freqs] =
       new_gradients(q, k, v, std::nullopt, need_q, need_k, need_v, /*need_q_freqs=*/false, params.backward);
   if (q.numel() > 0) {
-    Device::attention_jvp(jvp);
+    Device::attention_jvp(jvp, q);
     params.q_tangent = jvp.q_tangents;
     params.k_tangent = jvp.k_tangents;
     params.v_tangent = jvp.v_tangents;

@@ -1,7 +1,7 @@
-"""Derivatives of the attention in plain PyTorch, for devices that have no kernels for them: GPUs.
+"""The second derivative of the attention in plain PyTorch, for devices that have no kernel for it: GPUs.
 
 Exact and of bounded memory, but not fused: scores exist for some rows of queries at a time. The formulas are those of
-csrc/kernels/cpu/vector/attention_jvp_tile.cpp and csrc/kernels/cpu/vector/attention_double_backward_tile.cpp.
+csrc/kernels/cpu/vector/attention_double_backward_tile.cpp.
 """
 
 from __future__ import annotations
@@ -20,45 +20,6 @@ _BLOCK_SCORES = 1 << 24
 
 Ranges = Sequence[int]
 Optional = torch.Tensor | None
-
-
-def attention_jvp(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: Optional,
-    lse: Optional,
-    q_tangents: Optional,
-    k_tangents: Optional,
-    v_tangents: Optional,
-    q_ranges: Ranges,
-    k_offsets: Ranges,
-    k_ranges: Ranges,
-    key_mask: Optional = None,
-    scale: float | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """The operation ``attention_jvp``, with its arguments."""
-    argument_checks.attention(q, k, v, q_ranges, k_offsets, k_ranges, None, key_mask, scale)
-    n = argument_checks.attention_tangents(q, k, v, q_tangents, k_tangents, v_tangents, stacked=True)
-    known = argument_checks.known_value(q, v, out, lse)
-    working = working_dtype(q.dtype)
-    new_out = q.new_zeros((*q.shape[:3], v.shape[3]))
-    new_lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf, dtype=working)
-    out_tangents, lse_tangents = new_out.new_zeros((n, *new_out.shape)), new_lse.new_zeros((n, *new_lse.shape))
-    for block in _blocks(q, k, v, q_ranges, k_offsets, k_ranges, key_mask, scale):
-        new_out[:, block.rows] = block.to_rows(block.probabilities @ block.values)
-        new_lse[:, :, block.rows] = block.lse
-        for i in range(n):
-            of_q, of_k, of_v = (None if t is None else t[i] for t in (q_tangents, k_tangents, v_tangents))
-            weighted, mean = block.tangent(of_q, of_k)
-            moved = weighted @ block.values
-            if of_v is not None:
-                moved = moved + block.probabilities @ block.gathered(of_v)
-            out_tangents[i][:, block.rows] = block.to_rows(moved)
-            lse_tangents[i][:, :, block.rows] = mean.squeeze(-1)
-    if known:
-        return new_out.new_empty(0), new_lse.new_empty(0), out_tangents, lse_tangents
-    return new_out, new_lse, out_tangents, lse_tangents
 
 
 def attention_double_backward(
@@ -207,5 +168,4 @@ def _blocks(
             yield _Block(rows, key_ranges, kept, scale, shared_by, queries, keys, values, probabilities, lse)
 
 
-torch.library.impl("anchor_attention::attention_jvp", "CUDA", attention_jvp)
 torch.library.impl("anchor_attention::attention_double_backward", "CUDA", attention_double_backward)

@@ -99,6 +99,7 @@ class AttentionReference:
         counts = np.broadcast_to(multiplicity(self.table, n_queries, n_keys), (q.shape[0], 1, n_queries, n_keys))
         if self.key_mask is not None:
             counts = counts * self.key_mask[:, None, None, :]
+        self._counts = counts
         self._product_error = 2 * self.arithmetic.operand + (max(q.shape[3], v.shape[3]) + 2) * _FLOAT32
         scores = self.scale * self._q @ self._k.swapaxes(-1, -2)
         magnitude = abs(self.scale) * np.abs(self._q) @ np.abs(self._k).swapaxes(-1, -2)
@@ -165,6 +166,43 @@ class AttentionReference:
         if self.q_freqs is None:
             return gradients | {"q": grad_q}
         return gradients | rope_gradients(self.q, self.q_freqs, grad_q.value, a, grad_q.error)
+
+    def tangents(self, q_tangent: F64 | None, k_tangent: F64 | None, v_tangent: F64 | None) -> tuple[Bounded, Bounded]:
+        """Of out and lse along a direction, None where it is zero; shapes of the inputs, of out and of lse."""
+        a = self.arithmetic
+
+        def heads_first(x: F64 | None, like: F64, shared_by: int = 1) -> F64:
+            return np.zeros_like(like) if x is None else np.repeat(x, shared_by, axis=2).transpose(0, 2, 1, 3)
+
+        of_q = heads_first(q_tangent, self._q)
+        of_k, of_v = (heads_first(x, y, self._shared_by) for x, y in ((k_tangent, self._k), (v_tangent, self._v)))
+        keys, key_tangents = self._k.swapaxes(-1, -2), of_k.swapaxes(-1, -2)
+        t = self.scale * (of_q @ keys + self._q @ key_tangents)
+        size = abs(self.scale) * (np.abs(of_q) @ np.abs(keys) + np.abs(self._q) @ np.abs(key_tangents))
+        has_keys = self._p.any(axis=-1, keepdims=True)
+        read = self._counts > 0
+        # The reference is a mean of T over some of the row's keys: what is left of T is no larger than the range of T.
+        largest, least = (
+            np.where(has_keys, pick(np.where(read, t, sign * np.inf), axis=-1, keepdims=True, initial=sign * np.inf), 0)
+            for pick, sign in ((np.max, -1), (np.min, 1))
+        )
+        left = np.where(read, np.maximum(np.abs(t - least), np.abs(t - largest)), 0.0)
+        reference = np.maximum(np.abs(least), np.abs(largest))
+        t_error = size * self._product_error + 4 * _FLOAT32 * (np.abs(t) + reference)
+        w, w_error = self._p * left, self._probability_error * left + self._p * t_error
+        n_terms = self._counts.sum(axis=-1, keepdims=True)
+        sums = (n_terms + 8) * _FLOAT32
+        mean = (self._p * t).sum(axis=-1, keepdims=True)
+        mean_error = (w_error + w * sums).sum(axis=-1, keepdims=True)
+        lse = Bounded(mean[..., 0], (mean_error + 4 * _FLOAT32 * reference)[..., 0] + a.smallest)
+        operand_error = a.rounded_operand + a.operand + sums
+        out, out_error = (x.transpose(0, 2, 1, 3) for x in (self.out.value, self.out.error))
+        value = (self._p * (t - mean)) @ self._v + self._p @ of_v
+        error = (w_error + w * operand_error + a.smallest * read) @ np.abs(self._v)
+        error = error + (self._probability_error + self._p * operand_error + a.smallest * read) @ np.abs(of_v)
+        error = error + w.sum(axis=-1, keepdims=True) * (out_error + 2 * _FLOAT32 * np.abs(out))
+        error = error + mean_error * np.abs(out) + a.stored * np.abs(value) + a.smallest
+        return Bounded(value.transpose(0, 2, 1, 3), error.transpose(0, 2, 1, 3)), lse
 
     def _summed(self, gradient: Bounded) -> Bounded:
         """Of heads → of the heads of keys that they share."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from anchor_attention import KeyRangeTable, anchor_attention_jvp, anchor_attention_reference, composite, use_backend
+from anchor_attention import (
+    KeyRangeTable,
+    anchor_attention,
+    anchor_attention_jvp,
+    anchor_attention_reference,
+    composite,
+    use_backend,
+)
+from tests.devices import DEVICES, DEVICES_AND_DTYPES, Device
 
 ops = torch.ops.anchor_attention
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -40,6 +49,14 @@ class Sample:
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return self.q, self.k, self.v
+
+    def on(self, device: str) -> Sample:
+        def moved(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(moved, value))
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        return replace(self, **{name: moved(value) for name, value in vars(self).items()})
 
     def value(self) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = ops.attention(*self.tensors, *RANGES, None, self.key_mask, self.scale)
@@ -148,6 +165,38 @@ def test_tangents(dtype: torch.dtype, known: bool) -> None:
         assert torch.equal(lse.isfinite(), expected_lse.isfinite())
         torch.testing.assert_close(out, expected_out, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(("name", "dtype"), DEVICES_AND_DTYPES, ids=str)
+def test_tangents_on_every_device(name: str, dtype: torch.dtype, known: bool) -> None:
+    s = sample(dtype, kv_heads=2, value_dim=40)
+    exact, plain = (expected_tangents(s, working) for working in (torch.float64, torch.float32))
+    with Device(name).executing() as device:
+        out, lse, *tangents = s.on(device.memory).jvp(known)
+        assert_as_good_as_plain([tangent.cpu() for tangent in tangents], exact, plain, dtype)
+        if known:
+            assert out.shape == lse.shape == (0,)
+        else:
+            for found, wanted in zip((out, lse), s.on(device.memory).value(), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_forward_mode_on_every_device(device: str) -> None:
+    """Through torch.func, of rotated queries: the tangent of the known value."""
+    s = sample(torch.float32, "q", n=1)
+    freqs = torch.polar(torch.ones(1, QUERIES, 12), torch.rand(1, QUERIES, 12))
+
+    def tangent(memory: str, dtype: torch.dtype) -> torch.Tensor:
+        q, k, v, direction = (t.to(memory, dtype) for t in (*s.tensors, s.directions[0][0]))  # type: ignore[index]
+        factors = freqs.to(memory, dtype.to_complex())
+        attend = partial(anchor_attention, k=k, v=v, table=TABLE, q_freqs=factors, key_mask=s.key_mask.to(memory))
+        return torch.func.jvp(attend, (q,), (direction,))[1].cpu()
+
+    exact = tangent("cpu", torch.float64)
+    with Device(device).executing() as executing:
+        torch.testing.assert_close(tangent(executing.memory, torch.float32).double(), exact, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -279,11 +328,6 @@ def test_empty_axes() -> None:
 def test_the_composite_of_other_devices_is_the_operation(moves: str) -> None:
     for kv_heads, masked in itertools.product((4, 2), (False, True)):
         s = sample(torch.float64, moves, kv_heads, 40, masked=masked)
-        mine = composite.attention_jvp(*s.tensors, None, None, *s.directions, *RANGES, s.key_mask, s.scale)
-        for found, wanted in zip(mine, s.jvp(), strict=True):
-            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-        known = composite.attention_jvp(*s.tensors, *s.value(), *s.directions, *RANGES, s.key_mask, s.scale)
-        assert known[0].shape == (0,) and torch.equal(known[2], mine[2])
         for found, wanted in zip(
             s.double_backward(composite.attention_double_backward), s.double_backward(), strict=True
         ):

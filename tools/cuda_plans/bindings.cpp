@@ -150,6 +150,26 @@ aa::cuda::Plan plan_attention_backward(const py::dict& fields) {
                  [&](void* workspace) { return aa::cuda::plan_attention_backward(p, options(fields), workspace); });
 }
 
+aa::Tangents tangents(const py::dict& fields, const char* name) {
+  if (!fields.contains(name)) return {};
+  const auto values = fields[name].cast<py::dict>();
+  return {pointer(values, "data"), field<int64_t>(values, "stride", 0), strides(values, "strides")};
+}
+
+aa::cuda::Plan plan_attention_jvp(const py::dict& fields) {
+  const aa::KeyRangeTable table = table_of(fields);
+  aa::AttentionJvpParams p{};
+  p.forward = attention_params(fields, table);
+  p.knows_value = field(fields, "knows_value", false);
+  p.n_tangents = field<int64_t>(fields, "n_tangents", 1);
+  p.q_tangents = tangents(fields, "q_tangents");
+  p.k_tangents = tangents(fields, "k_tangents");
+  p.v_tangents = tangents(fields, "v_tangents");
+  p.out_tangents = pointer(fields, "out_tangents");
+  p.lse_tangents = pointer(fields, "lse_tangents");
+  return planned(fields, [&](void* workspace) { return aa::cuda::plan_attention_jvp(p, options(fields), workspace); });
+}
+
 // Words and sizes of a schedule of the sm_90 backward.
 py::dict backward_schedule(const py::dict& fields, int queries_per_tile, int64_t items, int64_t heads_per_kv_head) {
   const aa::KeyRangeTable table = table_of(fields);
@@ -201,6 +221,7 @@ PYBIND11_MODULE(CUDA_PLANS_MODULE, module) {
   });
   module.def("plan_attention_forward", &plan_attention_forward);
   module.def("plan_attention_backward", &plan_attention_backward);
+  module.def("plan_attention_jvp", &plan_attention_jvp);
   module.def("backward_schedule", &backward_schedule, py::arg("fields"), py::arg("queries_per_tile"), py::arg("items"),
              py::arg("heads_per_kv_head") = 1);
   module.def("plan_rope", &plan_rope);

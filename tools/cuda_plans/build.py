@@ -105,7 +105,7 @@ def generation(instantiation: str) -> str:
     """The folder of kernels that an instantiation belongs to: "sm90" for names that begin so."""
     if instantiation.startswith("sm90_"):
         return "sm90"
-    return "sm80" if instantiation.startswith("attention_") else "common"
+    return "sm80" if instantiation.startswith(("attention_", "derivatives_")) else "common"
 
 
 def instantiations() -> list[str]:

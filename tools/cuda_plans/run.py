@@ -21,13 +21,15 @@ Table = Sequence[tuple[tuple[int, int], Sequence[tuple[int, int]]]]
 
 _NAME = re.compile(
     r"(?P<generation>sm90_)?"
-    r"(?P<kind>forward|merge|backward_query|backward_key|backward|row_statistics|query_gradient|rope_freqs|rope|upload)"
+    r"(?P<kind>forward|merge|backward_query|backward_key|backward|jvp|row_statistics|query_gradient|rope_freqs|rope|"
+    r"upload)"
     r"(?:_(?P<precision>bfloat16|float16|tf32x3|tf32))?(?:_(?P<head_dim>\d+))?(?:_(?P<gradients>key|value))?$"
 )
 _ENTRIES = {
     "forward": "attention_forward",
     "merge": "attention_merge",
     "backward_query": "attention_backward_query",
+    "jvp": "attention_jvp",
     "row_statistics": "attention_row_statistics",
     "rope": "cuda4rope",
     "rope_freqs": "rope_freqs_gradient",
@@ -40,6 +42,8 @@ _SM90_ENTRIES = {
     "backward_key": ("backward", "attention_backward.*QueryGradientE0"),
     "query_gradient": ("backward", "attention_query_gradient"),
 }
+# Of sm80: kernels in files of their own.
+_DERIVATIVES = ("jvp",)
 _KEY_GRADIENTS = {None: "KeyGradientsE0", "key": "KeyGradientsE1", "value": "KeyGradientsE2"}
 
 
@@ -62,7 +66,8 @@ def _instantiation_and_entry(name: str) -> tuple[str, str]:
         return f"elementwise_{'float32' if precision == 'tf32' else precision}", _ENTRIES[kind]
     if kind == "backward_key":
         return f"attention_{precision}_{head_dim}", f"attention_backward_key.*{_KEY_GRADIENTS[match['gradients']]}"
-    return f"attention_{precision}_{head_dim}", _ENTRIES[kind]
+    file = "derivatives" if kind in _DERIVATIVES else "attention"
+    return f"{file}_{precision}_{head_dim}", _ENTRIES[kind]
 
 
 def instantiation_of(name: str) -> tuple[str, str]:
@@ -223,6 +228,42 @@ def attention_backward(
     }
     _run(plans().plan_attention_backward, fields, device, run)
     return gradients
+
+
+def _tangent_fields(device: _Device, **tangents: Array | None) -> dict[str, Any]:
+    """Of tangents with an axis of their number before those of the tensor."""
+    fields: dict[str, Any] = {}
+    for name, array in tangents.items():
+        stride, *strides = (0, 0, 0, 0) if array is None else _strides(array)
+        fields[name] = {"data": device.address(array), "stride": stride, "strides": strides}
+    return fields
+
+
+def attention_jvp(
+    dtype: str, q: Array, k: Array, v: Array, table: Table, *, out: Array | None = None, lse: Array | None = None,
+    q_tangents: Array | None = None, k_tangents: Array | None = None, v_tangents: Array | None = None,
+    key_mask: Array | None = None, scale: float | None = None, run: KernelRun | None = None,
+) -> tuple[Array, Array, Array, Array]:  # fmt: skip
+    """`out` and `lse`, computed if they are not given, and their tangents along the given ones, stacked."""
+    run, device = run or KernelRun(), _Device()
+    known = out is not None and lse is not None
+    if out is None or lse is None:
+        out = np.zeros((*q.shape[:3], v.shape[3]), q.dtype)
+        lse = np.zeros((q.shape[0], q.shape[2], q.shape[1]), np.float32)
+    n = next(len(tangents) for tangents in (q_tangents, k_tangents, v_tangents) if tangents is not None)
+    out_tangents, lse_tangents = np.zeros((n, *out.shape), q.dtype), np.zeros((n, *lse.shape), np.float32)
+    fields = _attention_fields(device, dtype, q, k, v, table, None, key_mask, scale, run, False)
+    fields |= _tangent_fields(device, q_tangents=q_tangents, k_tangents=k_tangents, v_tangents=v_tangents)
+    fields |= {
+        "knows_value": known,
+        "n_tangents": n,
+        "out": device.address(out, output=not known),
+        "lse": device.address(lse, output=not known),
+        "out_tangents": device.address(out_tangents, output=True),
+        "lse_tangents": device.address(lse_tangents, output=True),
+    }
+    _run(plans().plan_attention_jvp, fields, device, run)
+    return out, lse, out_tangents, lse_tangents
 
 
 def _rope_fields(device: _Device, dtype: str, x: Array, freqs: Array) -> dict[str, Any]:

@@ -31,6 +31,11 @@ void attention_backward(const AttentionBackwardParams& params, const Options& op
   run(plan_attention_backward(params, plan_options(options, target.device), kNoWorkspaceYet), target, allocate);
 }
 
+void attention_jvp(const AttentionJvpParams& params, const Options& options, const Target& target,
+                   const Allocate& allocate) {
+  run(plan_attention_jvp(params, plan_options(options, target.device), kNoWorkspaceYet), target, allocate);
+}
+
 void rope(const RopeParams& params, const Target& target) { run(plan_rope(params), target); }
 
 void rope_backward(const RopeBackwardParams& params, const Target& target) { run(plan_rope_backward(params), target); }

@@ -30,6 +30,8 @@ void attention_forward(const AttentionParams& params, const Options& options, co
                        const Allocate& allocate);
 void attention_backward(const AttentionBackwardParams& params, const Options& options, const Target& target,
                         const Allocate& allocate);
+void attention_jvp(const AttentionJvpParams& params, const Options& options, const Target& target,
+                   const Allocate& allocate);
 void rope(const RopeParams& params, const Target& target);
 void rope_backward(const RopeBackwardParams& params, const Target& target);
 

@@ -5,10 +5,9 @@
 
 #include "kernels/cuda/common/rows.cuh"
 #include "kernels/cuda/common/shared_kernels.h"
+#include "kernels/cuda/common/softmax.cuh"
 
 namespace anchor_attention::cuda {
-
-constexpr float kLog2E = 1.44269504088896341f;
 
 struct TokenRow {
   int64_t batch;

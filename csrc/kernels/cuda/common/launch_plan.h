@@ -27,6 +27,7 @@ enum class KernelKind : int32_t {
   backward,  // of sm90: all gradients in one pass
   backward_query,
   backward_key,
+  jvp,  // of sm80
   row_statistics,
   query_gradient,  // of sm90: sums of it, rounded
   rope,

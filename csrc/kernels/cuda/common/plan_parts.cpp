@@ -11,9 +11,9 @@
 namespace anchor_attention::cuda {
 
 std::string KernelId::name() const {
-  static constexpr const char* kKinds[] = {"forward",      "merge",          "backward",       "backward_query",
-                                           "backward_key", "row_statistics", "query_gradient", "rope",
-                                           "rope_freqs",   "upload"};
+  static constexpr const char* kKinds[] = {"forward",      "merge",      "backward",       "backward_query",
+                                           "backward_key", "jvp",        "row_statistics", "query_gradient",
+                                           "rope",         "rope_freqs", "upload"};
   // A kind without a name would launch the kernel of another one.
   static_assert(std::size(kKinds) == static_cast<size_t>(KernelKind::upload) + 1);
   static constexpr const char* kPrecisions[] = {"bfloat16", "float16", "tf32", "tf32x3"};

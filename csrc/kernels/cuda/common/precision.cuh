@@ -71,6 +71,16 @@ __device__ inline Chunk pack(const float (&values)[kChunkElements<P>]) {
 
 // Two neighbouring elements of a row whose address is a multiple of their size.
 template <class P>
+__device__ inline float2 load_pair(const typename P::Storage* address) {
+  if constexpr (kBytes<P> == 2) {
+    const uint32_t pair = *reinterpret_cast<const uint32_t*>(address);
+    return make_float2(P::to_float(static_cast<uint16_t>(pair)), P::to_float(static_cast<uint16_t>(pair >> 16)));
+  } else {
+    return *reinterpret_cast<const float2*>(address);
+  }
+}
+
+template <class P>
 __device__ inline void store_pair(typename P::Storage* address, float first, float second) {
   if constexpr (kBytes<P> == 2) {
     *reinterpret_cast<uint32_t*>(address) = P::pack(first, second);

@@ -9,6 +9,7 @@
 namespace anchor_attention::cuda {
 
 constexpr float kLn2 = 0.693147180559945309f;
+constexpr float kLog2E = 1.44269504088896341f;
 
 // The subtracted maximum may lag behind the true one by this many powers of two: probabilities up to 256 fit every
 // type, and the output needs rescaling in a few tiles only.

@@ -1,4 +1,4 @@
-// What the two backward passes share.
+// What the passes after the forward share.
 #pragma once
 
 #include <cstdint>

@@ -10,7 +10,7 @@ namespace anchor_attention::sm80 {
 
 using namespace cuda;
 
-enum class Pass : int32_t { forward, backward_query, backward_key };
+enum class Pass : int32_t { forward, backward_query, backward_key, jvp };
 
 constexpr int kPipelineStages = 2;
 
@@ -59,7 +59,8 @@ inline constexpr TileTable kForwardTf32x3 = {{
     {256, 32, 16, 16, 2},  // 98 KiB; 16 rows per warp
 }};
 
-// Query pass: S, dP and dQ live together, so the scores are worked through in steps.
+// Query pass: S, dP and dQ live together, so the scores are worked through in steps. So do S, its tangent and the
+// tangent of the output, which is why jvp has the same tiles.
 inline constexpr TileTable kBackwardQuery16 = {{
     {32, 128, 64, 32, 4},  // as 64
     {48, 128, 64, 32, 4},  // as 64
@@ -102,6 +103,7 @@ constexpr const TileTable& tile_table(Pass pass, Precision precision) {
       if (precision == Precision::tf32x3) return kForwardTf32x3;
       return wide ? kForwardTf32 : kForward16;
     case Pass::backward_query:
+    case Pass::jvp:
       return wide ? kBackwardQuery32 : kBackwardQuery16;
     default:
       return wide ? kBackwardKey32 : kBackwardKey16;
@@ -121,7 +123,8 @@ constexpr int row_bytes(Precision precision, int native_head_dim) {
   return native_head_dim * bytes_per_element(precision) + 16;
 }
 
-// Shared memory: `n_row_tiles` stationary tiles, two streamed tiles per stage, per-column statistics in the key pass.
+// Shared memory: `n_row_tiles` stationary tiles, two streamed tiles per stage (of jvp four in one stage where keys or
+// values move), per-column statistics in the key pass.
 constexpr int shared_bytes(Pass pass, Precision precision, int native_head_dim) {
   const TileShape shape = tile_shape(pass, precision, native_head_dim);
   const int n_row_tiles = pass == Pass::forward ? 1 : 2;
@@ -135,7 +138,7 @@ constexpr int static_shared_bytes(Pass pass) { return pass == Pass::backward_key
 
 constexpr bool tables_are_consistent() {
   for (const Precision precision : {Precision::bfloat16, Precision::tf32, Precision::tf32x3}) {
-    for (const Pass pass : {Pass::forward, Pass::backward_query, Pass::backward_key}) {
+    for (const Pass pass : {Pass::forward, Pass::backward_query, Pass::backward_key, Pass::jvp}) {
       for (const int head_dim : kHeadDims) {
         const TileShape shape = tile_shape(pass, precision, head_dim);
         if (shape.rows % (16 * shape.warps) != 0 || shape.columns % shape.step != 0 || shape.step % 16 != 0)

@@ -56,4 +56,35 @@ struct BackwardKernelParams {
   ScheduleView schedule;
 };
 
+// One tangent of a tensor after the other.
+struct TangentView {
+  TensorView first;  // its data is null where the tensor does not move
+  int64_t stride;    // elements between tangents
+};
+
+struct JvpKernelParams {
+  TensorView q;  // rotated
+  TensorView k;
+  TensorView v;
+  TangentView q_tangents;
+  TangentView k_tangents;
+  TangentView v_tangents;
+  const uint8_t* key_mask;  // may be null
+  const void* out;          // [batch, n_queries, heads, value_dim]
+  const float* lse;         // [batch, heads, n_queries]
+  void* out_tangents;       // [n_tangents, batch, n_queries, heads, value_dim]
+  float* lse_tangents;      // [n_tangents, batch, heads, n_queries]
+  int64_t key_mask_batch_stride;
+  int32_t n_tangents;
+  int32_t batch;
+  int32_t n_queries;
+  int32_t heads;
+  int32_t heads_per_kv_head;
+  int32_t head_dim;
+  int32_t value_dim;
+  float scale;
+  float scale_log2;
+  ScheduleView schedule;
+};
+
 }  // namespace anchor_attention::sm80

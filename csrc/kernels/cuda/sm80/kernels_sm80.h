@@ -17,4 +17,7 @@ const void* backward_query_kernel();
 template <class P, int kHeadDim, KeyGradients kGradients>
 const void* backward_key_kernel();
 
+template <class P, int kHeadDim>
+const void* jvp_kernel();
+
 }  // namespace anchor_attention::sm80

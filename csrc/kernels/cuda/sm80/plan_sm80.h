@@ -8,5 +8,7 @@ namespace anchor_attention::sm80 {
 cuda::Plan plan_attention_forward(const AttentionParams& params, const cuda::PlanOptions& options, void* workspace);
 cuda::Plan plan_attention_backward(const AttentionBackwardParams& params, const cuda::PlanOptions& options,
                                    void* workspace);
+// out and lse are known, whatever the params say.
+cuda::Plan plan_attention_jvp(const AttentionJvpParams& params, const cuda::PlanOptions& options, void* workspace);
 
 }  // namespace anchor_attention::sm80

@@ -1,0 +1,5 @@
+#include "kernels/cuda/sm80/jvp.cuh"
+
+namespace anchor_attention::sm80 {
+template const void* jvp_kernel<Tf32x3, 128>();
+}  // namespace anchor_attention::sm80
