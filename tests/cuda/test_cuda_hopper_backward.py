@@ -26,16 +26,16 @@ _GROUP_WORDS = 6
 _KEYS = 128  # per tile
 
 
-def backward_visits(fields: dict[str, Any], queries_per_tile: int, items: int) -> tuple[Any, list[Any]]:
+def backward_visits(fields: dict[str, Any], queries_per_tile: int, items: int, **sizes: int) -> tuple[Any, list[Any]]:
     """The schedule, and what its items do in the order in which they are taken.
 
-    An item is (keys, [(queries, query tile, turn), …]), ranges as (begin, end).
+    An item is (keys, [(queries, sum, turn at the sum), …]), ranges as (begin, end).
     """
-    schedule = plans().backward_schedule(fields, queries_per_tile, items)
+    schedule = plans().backward_schedule(fields, queries_per_tile, items, **sizes)
     words, n_groups, n_ranges = schedule["keys"], schedule["n_key_groups"], schedule["n_ranges"]
     first_range = _GROUP_WORDS * (n_groups + 1)
     first_turn = first_range + 2 * n_ranges
-    assert len(words) == first_turn + 3 * n_ranges
+    assert len(words) == first_turn + 4 * n_ranges
     visits = []
     for g in range(n_groups):
         _, begin, end, first, n_splits, _ = words[_GROUP_WORDS * g : _GROUP_WORDS * (g + 1)]
@@ -44,10 +44,11 @@ def backward_visits(fields: dict[str, Any], queries_per_tile: int, items: int) -
             walk = []
             for r in range(first, last):
                 q_begin, q_end = words[first_range + 2 * r : first_range + 2 * r + 2]
-                index, turn, turns_per_tile = words[first_turn + 3 * r : first_turn + 3 * r + 3]
+                first_sum, sums, turn, turns_per_tile = words[first_turn + 4 * r : first_turn + 4 * r + 4]
+                of_tile, turn_at_sum = divmod(turn + tile * turns_per_tile, schedule["turns_per_sum"])
                 for n, query in enumerate(range(q_begin, q_end, queries_per_tile)):
                     queries = (query, min(query + queries_per_tile, q_end))
-                    walk.append((queries, index + n, turn + tile * turns_per_tile))
+                    walk.append((queries, first_sum + n * sums + of_tile, turn_at_sum))
             for split in range(n_splits):
                 share = walk[len(walk) * split // n_splits : len(walk) * (split + 1) // n_splits]
                 visits.append(((key, min(key + _KEYS, end)), share))
@@ -62,18 +63,22 @@ def test_additions_to_a_tile_of_queries_are_ordered_as_the_items_are(seed: int) 
     if seed % 3 == 0:  # ranges that repeat
         table = [(queries, [*keys, *keys[:2]]) for queries, keys in table]
     fields = make_fields(table, n_queries=n_queries, n_keys=n_keys)
-    schedule, visits = backward_visits(fields, queries_per_tile, int(rng.choice([1, 100, 1000])))
+    schedule, visits = backward_visits(
+        fields, queries_per_tile, int(rng.choice([1, 100, 1000])),
+        sum_bytes=int(rng.choice([1, 1 << 14, 1 << 20])), concurrent_tiles=int(rng.choice([1, 4, 100])),
+    )  # fmt: skip
 
     turns: dict[int, int] = {}
     rows: dict[int, tuple[int, int]] = {}
     read = np.zeros((n_queries, n_keys), np.int64)
     for (k_begin, k_end), walk in visits:
-        for (q_begin, q_end), tile, turn in walk:
-            assert turn == turns.get(tile, 0), "an item waits for one that is taken later"
-            turns[tile] = turn + 1
-            assert rows.setdefault(tile, (q_begin, q_end)) == (q_begin, q_end), "a tile is not always the same queries"
+        for (q_begin, q_end), at, turn in walk:
+            assert turn == turns.get(at, 0), "an item waits for one that is taken later"
+            turns[at] = turn + 1
+            assert rows.setdefault(at, (q_begin, q_end)) == (q_begin, q_end), "a sum is not always of the same queries"
             read[q_begin:q_end, k_begin:k_end] += 1
-    assert set(turns) == set(range(schedule["n_query_tiles"])), "a tile of sums is never stored to"
+    assert set(turns) == set(range(schedule["n_sums"])), "a sum is never stored to"
+    assert max(turns.values()) <= schedule["turns_per_sum"]
     expected = np.zeros_like(read)
     for (q_begin, q_end), keys in table:
         for k_begin, k_end in keys:
@@ -81,24 +86,44 @@ def test_additions_to_a_tile_of_queries_are_ordered_as_the_items_are(seed: int) 
     np.testing.assert_array_equal(read, expected)
 
 
+@pytest.mark.parametrize("sum_bytes", [1, 1 << 40])
 @pytest.mark.parametrize("queries_per_tile", [64, 128])
-def test_tiles_of_sums_are_the_items_of_the_rounding_launch(queries_per_tile: int) -> None:
-    """Every query belongs to one tile; tiles with keys come first."""
+def test_sums_are_those_that_the_rounding_launch_reads(queries_per_tile: int, sum_bytes: int) -> None:
+    """Every query belongs to one tile, whose sums follow each other."""
     rng = np.random.default_rng(queries_per_tile)
     fields = make_fields(random_table(rng, 3000, 900, 20), n_queries=3000, n_keys=900)
-    schedule, visits = backward_visits(fields, queries_per_tile, 100)
+    schedule, visits = backward_visits(fields, queries_per_tile, 100, sum_bytes=sum_bytes, concurrent_tiles=100)
     words = schedule["queries"]
-    tiles = []
-    for g in range(schedule["n_query_groups"]):
-        _, begin, end = words[_GROUP_WORDS * g : _GROUP_WORDS * g + 3]
-        tiles += [(query, min(query + queries_per_tile, end)) for query in range(begin, end, queries_per_tile)]
     covered = np.zeros(3000, np.int64)
-    for begin, end in tiles:
+    read = set()
+    for g in range(schedule["n_query_groups"]):
+        _, begin, end, _, _, first_sum = words[_GROUP_WORDS * g : _GROUP_WORDS * (g + 1)]
         covered[begin:end] += 1
-    assert (covered == 1).all()
-    assert {(queries, tile) for _, walk in visits for queries, tile, _ in walk} == {
-        (tiles[tile], tile) for tile in range(schedule["n_query_tiles"])
-    }
+        n_tiles = math.ceil((end - begin) / queries_per_tile)
+        n_sums, rest = divmod(words[_GROUP_WORDS * (g + 1) + 5] - first_sum, n_tiles)
+        assert rest == 0
+        for tile, query in enumerate(range(begin, end, queries_per_tile)):
+            queries = (query, min(query + queries_per_tile, end))
+            read |= {(queries, first_sum + tile * n_sums + i) for i in range(n_sums)}
+    assert (covered == 1).all() and len(read) == schedule["n_sums"]
+    assert {(queries, at) for _, walk in visits for queries, at, _ in walk} == read
+    assert (schedule["turns_per_sum"] == 1) == (sum_bytes == 1)
+
+
+def test_small_problems_wait_for_no_turns_and_large_ones_take_no_more_memory() -> None:
+    def turns_per_sum(n_tokens: int, heads: int) -> tuple[int, int]:
+        fields = make_fields([((0, n_tokens), [(0, n_tokens)])], n_queries=n_tokens, n_keys=n_tokens, heads=heads)
+        schedule = plans().backward_schedule(
+            fields, 128, 4 * 132 // heads, sum_bytes=heads * 128 * 64 * 4, concurrent_tiles=132 // heads
+        )
+        return schedule["turns_per_sum"], schedule["n_sums"] * heads * 128 * 64 * 4
+
+    for n_tokens, heads in ((512, 3), (1024, 12), (2048, 3)):
+        turns, n_bytes = turns_per_sum(n_tokens, heads)
+        assert turns == 1 and n_bytes == n_tokens // 128 * n_tokens * heads * 64 * 4 <= 32 << 20, (n_tokens, heads)
+    for n_tokens, heads in ((65536, 3), (4096, 3), (512, 132), (2048, 12)):
+        turns, n_bytes = turns_per_sum(n_tokens, heads)
+        assert turns == n_tokens // 128 and n_bytes == n_tokens * heads * 64 * 4, (n_tokens, heads, turns)
 
 
 def test_heavy_tiles_of_keys_are_split_over_queries() -> None:
@@ -209,11 +234,12 @@ def test_what_does_not_fit_runs_on_the_earlier_kernels() -> None:
     check(still_queries, "sm80")
 
 
-@pytest.mark.parametrize("head_dim", [48, 64, 96])
-def test_masked_and_unread_tokens_reach_nothing(head_dim: int) -> None:
+@pytest.mark.parametrize(("head_dim", "multiprocessors"), [(48, 1), (64, 132), (96, 1)])
+def test_masked_and_unread_tokens_reach_nothing(head_dim: int, multiprocessors: int) -> None:
     """NaN in keys that are masked or in no range, and in queries in no range, changes no bit."""
     table = [((5, 130), [(10, 130), (140, 290)]), ((140, 170), [(150, 420)])]
     case = hopper_case(batch=2, n_queries=200, n_keys=430, heads=2, head_dim=head_dim, table=table)
+    case.run = KernelRun(generation="sm90", multiprocessors=multiprocessors)
     mask = np.random.default_rng(0).uniform(size=(2, 430)) < 0.5
     mask[0, 64:200] = False  # whole tiles
     mask[1] = False  # a batch element without any key
@@ -253,14 +279,19 @@ def test_few_keys_are_split_over_queries(dtype: str, head_dim: int) -> None:
         np.testing.assert_array_equal(runs[0][name], runs[1][name], err_msg=name)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_bits_do_not_depend_on_the_order_of_blocks(head_dim: int) -> None:
-    """Many tiles of keys add to the same tiles of queries, one block at a time or all at once, warps in any order."""
+@pytest.mark.parametrize(("head_dim", "multiprocessors"), [(64, 1), (64, 132), (128, 1), (96, 132)])
+def test_bits_do_not_depend_on_the_order_of_blocks(head_dim: int, multiprocessors: int) -> None:
+    """Many tiles of keys add to the same tiles of queries, one block at a time or all at once, warps in any order.
+
+    On one multiprocessor they have one sum, on many each its own.
+    """
     case = hopper_case(batch=2, n_queries=300, n_keys=700, heads=1, head_dim=head_dim,
                        table=[((0, 200), [(0, 400), (0, 200)]), ((200, 300), [(0, 700)])])  # fmt: skip
     expected = None
     for seed, concurrent_blocks in enumerate((1, 2, 3, 5, 16)):
-        case.run = KernelRun(seed=seed, concurrent_blocks=concurrent_blocks, generation="sm90")
+        case.run = KernelRun(
+            seed=seed, concurrent_blocks=concurrent_blocks, generation="sm90", multiprocessors=multiprocessors
+        )
         gradients = check(case)
         expected = expected or gradients
         for name in case.wanted:

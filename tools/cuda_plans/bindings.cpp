@@ -171,18 +171,20 @@ aa::cuda::Plan plan_attention_jvp(const py::dict& fields) {
 }
 
 // Words and sizes of a schedule of the sm_90 backward.
-py::dict backward_schedule(const py::dict& fields, int queries_per_tile, int64_t items, int64_t heads_per_kv_head) {
+py::dict backward_schedule(const py::dict& fields, int queries_per_tile, int64_t items, int64_t heads_per_kv_head,
+                           int64_t sum_bytes, int64_t concurrent_tiles) {
   const aa::KeyRangeTable table = table_of(fields);
-  const aa::sm90::BackwardSchedule schedule =
-      aa::sm90::make_backward_schedule(table.view(), fields["n_queries"].cast<int64_t>(),
-                                       fields["n_keys"].cast<int64_t>(), queries_per_tile, items, heads_per_kv_head);
+  const aa::sm90::BackwardSchedule schedule = aa::sm90::make_backward_schedule(
+      table.view(), fields["n_queries"].cast<int64_t>(), fields["n_keys"].cast<int64_t>(), queries_per_tile, items,
+      heads_per_kv_head, {sum_bytes, concurrent_tiles});
   py::dict result;
   result["keys"] = schedule.keys.words;
   result["queries"] = schedule.queries.words;
   result["n_key_groups"] = schedule.keys.n_groups;
   result["n_query_groups"] = schedule.queries.n_groups;
   result["n_ranges"] = schedule.n_ranges;
-  result["n_query_tiles"] = schedule.n_query_tiles;
+  result["n_sums"] = schedule.n_sums;
+  result["turns_per_sum"] = schedule.turns_per_sum;
   return result;
 }
 
@@ -223,7 +225,8 @@ PYBIND11_MODULE(CUDA_PLANS_MODULE, module) {
   module.def("plan_attention_backward", &plan_attention_backward);
   module.def("plan_attention_jvp", &plan_attention_jvp);
   module.def("backward_schedule", &backward_schedule, py::arg("fields"), py::arg("queries_per_tile"), py::arg("items"),
-             py::arg("heads_per_kv_head") = 1);
+             py::arg("heads_per_kv_head") = 1, py::arg("sum_bytes") = int64_t{1} << 40,
+             py::arg("concurrent_tiles") = 1);
   module.def("plan_rope", &plan_rope);
   module.def("plan_rope_backward", &plan_rope_backward);
   module.def("shared_bytes", [](int pass, int precision, int head_dim) {

@@ -15,6 +15,7 @@ __device__ inline int32_t schedule_word(const ScheduleView& schedule, int32_t i)
 struct WorkItem {
   int32_t batch;
   int32_t head;
+  int32_t group;  // of the schedule
   int32_t begin;  // rows of the stationary axis
   int32_t end;
   int32_t first_range;
@@ -51,6 +52,7 @@ __device__ inline WorkItem find_work_item(const ScheduleView& schedule, uint32_t
   WorkItem work;
   work.batch = batch_head / heads;
   work.head = batch_head % heads;
+  work.group = group;
   const int32_t group_begin = schedule_word(schedule, word + 1);
   const int32_t n_tiles = (end - group_begin + rows - 1) / rows;
   const int32_t tile = local % n_tiles;

@@ -123,8 +123,8 @@ __device__ inline void load_tiles(const BackwardKernelParams& p, BackwardBlock& 
   }
 }
 
-// The adding warp: adds dQ of each tile from shared memory to the sums when it is the block's turn. The first block of
-// a tile stores instead, so that nothing has to clear the sums.
+// The adding warp: adds dQ of each tile from shared memory to its sum when it is the block's turn. The first block of a
+// sum stores instead, so that nothing has to clear it, and waits for no other; the last one has no successor to tell.
 template <class Traits>
 __device__ inline void add_query_gradients(const BackwardKernelParams& p, BackwardBlock& block, uint32_t shared) {
   if (!is_first_lane()) return;
@@ -132,20 +132,21 @@ __device__ inline void add_query_gradients(const BackwardKernelParams& p, Backwa
   QueryWalk<Traits::kQueries> walk(p, block.item);
   QueryTile tile;
   for (uint32_t n = 0; walk.next(tile); ++n) {
-    const int64_t index = batch_head(p, block.item, tile) * p.n_query_tiles + tile.index;
+    const int64_t index = batch_head(p, block.item, tile) * p.n_sums + tile.sum;
     int32_t* turn = p.query_turns + index;
     float* sums = p.query_gradients + index * (kBytes / 4);
     wait_phase(block.barriers.gradient_full, n);
-    await_turn(turn, tile.turn);
-    ptx::fence_async_proxy_global();
     if (tile.turn == 0) {
       ptx::bulk_store(sums, shared + Traits::kAt.query_gradients, kBytes);
     } else {
+      await_turn(turn, tile.turn);
+      ptx::fence_async_proxy_global();
       ptx::bulk_add(sums, shared + Traits::kAt.query_gradients, kBytes);
     }
     ptx::bulk_commit();
     ptx::bulk_wait_read<0>();
     ptx::mbarrier_arrive(ptx::shared_address(&block.barriers.gradient_empty));
+    if (tile.turn + 1 == p.turns_per_sum) continue;
     ptx::bulk_wait<0>();
     ptx::fence_async_proxy_global();
     ptx::store_release(turn, tile.turn + 1);
@@ -159,14 +160,14 @@ __device__ inline void pass_turns(const BackwardKernelParams& p, const KeyItem& 
   QueryWalk<Traits::kQueries> walk(p, item);
   QueryTile tile;
   while (walk.next(tile)) {
-    const int64_t index = batch_head(p, item, tile) * p.n_query_tiles + tile.index;
+    const int64_t index = batch_head(p, item, tile) * p.n_sums + tile.sum;
     int32_t* turn = p.query_turns + index;
     if (tile.turn == 0) {
       auto* sums = reinterpret_cast<float4*>(p.query_gradients + index * kFloats);
       for (int i = threadIdx.x % 32; i < kFloats / 4; i += 32) sums[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
       __syncwarp();
     }
-    if (is_first_lane()) {
+    if (is_first_lane() && tile.turn + 1 < p.turns_per_sum) {
       await_turn(turn, tile.turn);
       ptx::store_release(turn, tile.turn + 1);
     }

@@ -17,6 +17,7 @@ constexpr int kBackwardProducerRegisters = 24;
 constexpr int kBackwardConsumerRegisters = 240;
 constexpr int kBackwardStages = 2;
 constexpr int kQueryGradientThreads = 256;
+constexpr int kChannelsPerThread = 8;  // of the gradient of the queries, for two rows
 
 // A block keeps 128 keys and streams tiles of `queries`. Rows in shared memory are cut into blocks of `channels`, whose
 // bytes are the span of a swizzle.
@@ -32,6 +33,10 @@ struct BackwardTile {
   constexpr int query_tile_bytes() const { return queries * head_dim * 2; }
   constexpr int score_tile_bytes() const { return kBackwardKeys * queries * 2; }
   constexpr int query_gradient_bytes() const { return queries * head_dim * 4; }
+  // Of the launch that rounds the sums of a tile.
+  constexpr int query_gradient_blocks() const {
+    return (queries / 2 * head_dim / kChannelsPerThread + kQueryGradientThreads - 1) / kQueryGradientThreads;
+  }
 };
 
 // Registers of a multiplying thread: two tiles of scores (queries), dK and dV (head_dim).

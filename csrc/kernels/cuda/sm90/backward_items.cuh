@@ -36,8 +36,8 @@ struct QueryTile {
   int32_t head;
   int32_t begin;
   int32_t count;
-  int32_t index;  // among the tiles of queries of the head
-  int32_t turn;   // how many additions to the tile come before
+  int32_t sum;   // among those of the head
+  int32_t turn;  // how many additions to the sum come before
 };
 
 // Walks the ranges of an item once per head of queries that shares the keys, or its split's share of that walk.
@@ -52,7 +52,7 @@ class QueryWalk {
       const int32_t tiles = (end_ - position_ + kQueries - 1) / kQueries;
       if (skip < tiles) {
         position_ += skip * kQueries;
-        index_ += skip;
+        sum_ += skip * sums_per_tile_;
         return;
       }
       skip -= tiles;
@@ -68,9 +68,9 @@ class QueryWalk {
       }
       enter_range();
     }
-    tile = {head_, position_, min(kQueries, end_ - position_), index_, turn_};
+    tile = {head_, position_, min(kQueries, end_ - position_), sum_, turn_};
     position_ += kQueries;
-    ++index_;
+    sum_ += sums_per_tile_;
     return true;
   }
 
@@ -93,8 +93,10 @@ class QueryWalk {
     const int32_t turns = first_word(p_) + 2 * p_.n_ranges + kWordsPerRangeTurns * range_;
     position_ = schedule_word(p_.schedule, bounds);
     end_ = schedule_word(p_.schedule, bounds + 1);
-    index_ = schedule_word(p_.schedule, turns);
-    turn_ = schedule_word(p_.schedule, turns + 1) + item_.tile * schedule_word(p_.schedule, turns + 2);
+    const int32_t turn = schedule_word(p_.schedule, turns + 2) + item_.tile * schedule_word(p_.schedule, turns + 3);
+    sum_ = schedule_word(p_.schedule, turns) + turn / p_.turns_per_sum;
+    sums_per_tile_ = schedule_word(p_.schedule, turns + 1);
+    turn_ = turn % p_.turns_per_sum;
     ++range_;
   }
 
@@ -105,7 +107,8 @@ class QueryWalk {
   int32_t tiles_left_;
   int32_t position_ = 0;
   int32_t end_ = 0;
-  int32_t index_ = 0;
+  int32_t sum_ = 0;
+  int32_t sums_per_tile_ = 0;
   int32_t turn_ = 0;
 };
 

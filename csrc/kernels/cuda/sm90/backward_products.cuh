@@ -28,6 +28,7 @@ struct BackwardTraits {
   static constexpr int kQueryTileBytes = kTile.query_tile_bytes();
   static constexpr int kScoreTileBytes = kTile.score_tile_bytes();
   static constexpr int kQueryGradientBytes = kTile.query_gradient_bytes();
+  static constexpr int kQueryGradientBlocks = kTile.query_gradient_blocks();
   // Registers of a thread.
   static constexpr int kScores = kQueries / 2;
   static constexpr int kKeyGradient = kHeadDim / 2;

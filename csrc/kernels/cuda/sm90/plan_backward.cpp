@@ -52,11 +52,16 @@ bool groups_fill_tiles(const KeyRangeTableView& table, int queries_per_tile) {
   return table.n_groups > 0 && queries / table.n_groups >= queries_per_tile / 2;
 }
 
-std::shared_ptr<const BackwardSchedule> schedule_of(const AttentionParams& p, int queries_per_tile, int64_t items) {
-  static thread_local RecentSchedules<BackwardSchedule, 5> recent;
-  return recent.find_or_make(p.table, {p.n_queries, p.n_keys, queries_per_tile, items, p.heads_per_kv_head()}, [&] {
-    return make_backward_schedule(p.table, p.n_queries, p.n_keys, queries_per_tile, items, p.heads_per_kv_head());
-  });
+std::shared_ptr<const BackwardSchedule> schedule_of(const AttentionParams& p, int head_dim, int64_t multiprocessors) {
+  static thread_local RecentSchedules<BackwardSchedule, 7> recent;
+  const BackwardTile tile = backward_tile(head_dim);
+  const int64_t items = kItemsPerMultiprocessor * multiprocessors / (p.batch * p.kv_heads);
+  const SumSizes sums{p.batch * p.heads * tile.query_gradient_bytes(), multiprocessors / (p.batch * p.kv_heads)};
+  return recent.find_or_make(
+      p.table, {p.n_queries, p.n_keys, tile.queries, items, p.heads_per_kv_head(), sums.bytes, sums.concurrent_tiles},
+      [&] {
+        return make_backward_schedule(p.table, p.n_queries, p.n_keys, tile.queries, items, p.heads_per_kv_head(), sums);
+      });
 }
 
 // Lays out one pass over the keys and what surrounds it.
@@ -74,8 +79,7 @@ class BackwardPlanner {
         n_rows_(batch_heads_ * forward_.n_queries),
         contiguous_(contiguous_strides(forward_.n_queries, forward_.heads, forward_.head_dim)),
         wants_queries_(params.grad_q != nullptr || params.grad_q_freqs != nullptr),
-        held_schedule_(schedule_of(forward_, backward_tile(head_dim_).queries,
-                                   kItemsPerMultiprocessor * options.multiprocessors / batch_kv_heads_)),
+        held_schedule_(schedule_of(forward_, head_dim_, options.multiprocessors)),
         schedule_(*held_schedule_) {}
 
   Plan plan() {
@@ -85,8 +89,8 @@ class BackwardPlanner {
     if (rotated_q_ == nullptr && is_rotated()) rotated_q_ = workspace_.take<std::byte>(n_rows_ * forward_.head_dim * 2);
     if (is_rotated()) add_rope(plan_, rotation(), false);
     if (wants_queries_) {
-      query_gradients_ = workspace_.take<float>(batch_heads_ * schedule_.n_query_tiles *
-                                                backward_tile(head_dim_).query_gradient_bytes() / 4);
+      query_gradients_ =
+          workspace_.take<float>(batch_heads_ * schedule_.n_sums * backward_tile(head_dim_).query_gradient_bytes() / 4);
     }
     row_statistics_ = workspace_.take<float>(2 * n_rows_);
     Plan passes;  // launched after what prepares them
@@ -116,7 +120,7 @@ class BackwardPlanner {
   void add_pass_over_keys(Plan& passes) {
     const BackwardTile tile = backward_tile(head_dim_);
     const int64_t n_accumulators = batch_kv_heads_ * schedule_.keys.n_accumulators;
-    const int64_t n_query_tiles = wants_queries_ ? batch_heads_ * schedule_.n_query_tiles : 0;
+    const int64_t n_sums = wants_queries_ ? batch_heads_ * schedule_.n_sums : 0;
     BackwardKernelParams p{};
     p.row_statistics = row_statistics_;
     p.key_mask = reinterpret_cast<const uint8_t*>(forward_.key_mask);
@@ -124,11 +128,11 @@ class BackwardPlanner {
     p.grad_v = params_.grad_v;
     p.query_gradients = query_gradients_;
     p.key_gradients = workspace_.take<float>(n_accumulators * 2 * kBackwardKeys * head_dim_);
-    n_counters_ = 1 + n_query_tiles + n_accumulators;
+    n_counters_ = 1 + n_sums + n_accumulators;
     counters_ = workspace_.take<int32_t>(n_counters_);
     p.ticket = counters_;
     p.query_turns = counters_ + 1;
-    p.key_turns = p.query_turns + n_query_tiles;
+    p.key_turns = p.query_turns + n_sums;
     p.key_mask_batch_stride = forward_.key_mask_batch_stride;
     p.n_queries = static_cast<int32_t>(forward_.n_queries);
     p.n_keys = static_cast<int32_t>(forward_.n_keys);
@@ -137,7 +141,8 @@ class BackwardPlanner {
     p.heads_per_kv_head = heads_per_kv_head(forward_);
     p.head_dim = static_cast<int32_t>(forward_.head_dim);
     p.value_dim = static_cast<int32_t>(forward_.value_dim);
-    p.n_query_tiles = schedule_.n_query_tiles;
+    p.n_sums = schedule_.n_sums;
+    p.turns_per_sum = schedule_.turns_per_sum;
     p.n_ranges = schedule_.n_ranges;
     p.scale = static_cast<float>(forward_.scale);
     p.scale_log2 = static_cast<float>(forward_.scale * kLog2E);
@@ -174,11 +179,12 @@ class BackwardPlanner {
     p.n_queries = static_cast<int32_t>(forward_.n_queries);
     p.heads = static_cast<int32_t>(forward_.heads);
     p.head_dim = static_cast<int32_t>(forward_.head_dim);
-    p.n_query_tiles = schedule_.n_query_tiles;
+    p.n_sums = schedule_.n_sums;
     p.scale = static_cast<float>(forward_.scale);
     place_schedule(p.schedule, schedule_.queries, plan_, workspace_);
     add_launch(passes, {KernelKind::query_gradient, precision_, head_dim_, {}, Generation::sm90},
-               batch_heads_ * schedule_.queries.n_items, kQueryGradientThreads, 0, p);
+               batch_heads_ * schedule_.queries.n_items * backward_tile(head_dim_).query_gradient_blocks(),
+               kQueryGradientThreads, 0, p);
     if (!rotate_back_later) return;
     const TensorView rotated = tensor_view(rotated_q_, contiguous_, forward_.dtype);
     RopeTask task = rotation();
