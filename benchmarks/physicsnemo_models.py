@@ -14,27 +14,23 @@ import copy
 import importlib.metadata
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anchor_attention.benchmark import ratios
-from anchor_attention.benchmark.timing import quartiles
 from anchor_attention.integrations.physicsnemo import accelerate
 
 from .machine import environment, results_folder
-from .whole_models import outputs_and_gradients, relative_difference, seconds_of_passes, write
+from .whole_models import compare, table, too_different, write
 
 try:
     from physicsnemo.models.flare import FLARE
     from physicsnemo.models.geotransolver import GeoTransolver
 except ImportError as error:
     sys.exit(f"This comparison needs the package nvidia-physicsnemo: {error}")
-
-# Gradients of parameters are sums over all points, in another order.
-TOLERANCES = {"outputs": 2e-5, "gradients": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -101,31 +97,6 @@ def outputs_of(result: Tensor) -> dict[str, Tensor]:
     return {"fields": result}
 
 
-def equality(case: Case, model: nn.Module, fast: nn.Module) -> dict[str, float]:
-    """Differences of outputs and gradients."""
-    inputs = make_inputs(case)
-    found, expected = (outputs_and_gradients(module, inputs, outputs_of) for module in (fast, model))
-    return dict(zip(TOLERANCES, map(relative_difference, found, expected), strict=True))
-
-
-def table(records: list[dict[str, Any]]) -> list[str]:
-    """The records as markdown."""
-    lines = [
-        "| model | outputs | gradients | pass | speed-up (quartiles) | before, ms | after, ms |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for record in records:
-        same = record["equality"]
-        for name, seconds in record["seconds"].items():
-            low, middle, high = ratios(seconds["before"], seconds["after"])
-            before, after = (1e3 * quartiles(seconds[key]).median for key in ("before", "after"))
-            lines.append(
-                f"| {record['name']} | {same['outputs']:.1e} | {same['gradients']:.1e} | {name} "
-                f"| {middle:.2f} ({low:.2f} – {high:.2f}) | {before:.0f} | {after:.0f} |"
-            )
-    return lines
-
-
 def main() -> None:
     """Runs the cases and writes the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -149,7 +120,6 @@ def main() -> None:
         "layers": arguments.layers,
     }
     records: list[dict[str, Any]] = []
-    different: list[str] = []
     for case in CASES:
         if arguments.case and not any(part in case.name for part in arguments.case):
             continue
@@ -160,25 +130,12 @@ def main() -> None:
         model = build_model(case, arguments.dim, arguments.heads, arguments.layers)
         fast = copy.deepcopy(model)
         report = accelerate(fast)
-        record: dict[str, Any] = {
-            "name": case.name,
-            "replaced": len(report.replaced),
-            "left": [str(module) for module in report.left],
-            "equality": equality(case, model, fast),
-        }
-        record["seconds"] = seconds_of_passes(
-            model, fast, lambda case=case: make_inputs(case), outputs_of, arguments.rounds
-        )
-        records.append(record)
+        record = compare(case.name, model, fast, partial(make_inputs, case), outputs_of, arguments.rounds)
+        records.append(record | {"replaced": len(report.replaced), "left": [str(module) for module in report.left]})
         print("\n".join(table([record])[2:]), flush=True)
         # Every finished case is on disk at once: an interrupted run leaves what it measured.
         write(folder, "physicsnemo_models", about, records, table(records))
-        different += [
-            f"{case.name}: {kind} differ by {value:.1e}, more than {TOLERANCES[kind]:.1e}"
-            for kind, value in record["equality"].items()
-            if not value <= TOLERANCES[kind]
-        ]
-    if different:
+    if different := too_different(records):
         sys.exit("\n".join(different))
 
 

@@ -1,4 +1,4 @@
-"""What the comparisons of whole models before and after ``accelerate`` share: differences, timing, files."""
+"""What the comparisons of whole models and blocks before and after share: differences, timing, table, files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from anchor_attention.benchmark import interleave
+from anchor_attention.benchmark import interleave, ratios
+from anchor_attention.benchmark.timing import quartiles
 
 from .machine import listing
 
 Inputs = dict[str, Any]
+# Of float32, relative to the largest value of a layer; gradients of parameters are sums over all tokens.
+TOLERANCES = {"outputs": 2e-5, "gradients": 1e-4}
 
 
 def loss_of(outputs: dict[str, Tensor]) -> Tensor:
@@ -25,18 +28,26 @@ def loss_of(outputs: dict[str, Tensor]) -> Tensor:
 def outputs_and_gradients(
     model: nn.Module, inputs: Inputs, outputs_of: Callable[[Any], dict[str, Tensor]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """One pass forward and back.
+    """One pass forward and back: outputs, and gradients of parameters and of inputs that require them.
 
     Args:
         model: The model.
         inputs: Its keyword arguments.
         outputs_of: Names the tensors in what it returns.
     """
-    model.zero_grad()
+    _forget_gradients(model, inputs)
     outputs = outputs_of(model(**inputs))
     loss_of(outputs).backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    leaves = dict(model.named_parameters()) | {name: t for name, t in inputs.items() if isinstance(t, Tensor)}
+    gradients = {name: leaf.grad.clone() for name, leaf in leaves.items() if leaf.grad is not None}
     return {name: value.detach() for name, value in outputs.items()}, gradients
+
+
+def _forget_gradients(model: nn.Module, inputs: Inputs) -> None:
+    model.zero_grad()
+    for value in inputs.values():
+        if isinstance(value, Tensor):
+            value.grad = None
 
 
 def relative_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -76,7 +87,7 @@ def seconds_of_passes(
 
     def training(module: nn.Module) -> Callable[[Inputs], object]:
         def call(inputs: Inputs) -> object:
-            module.zero_grad()
+            _forget_gradients(module, inputs)
             outputs = outputs_of(module(**inputs))
             loss_of(outputs).backward()
             return outputs
@@ -87,6 +98,52 @@ def seconds_of_passes(
         name: interleave({"before": make(before), "after": make(after)}, make_inputs, rounds=rounds)
         for name, make in (("forward", forward), ("forward + backward", training))
     }
+
+
+def compare(
+    name: str,
+    before: nn.Module,
+    after: nn.Module,
+    make_inputs: Callable[[], Inputs],
+    outputs_of: Callable[[Any], dict[str, Tensor]],
+    rounds: int,
+) -> dict[str, Any]:
+    """The record of a case: how much outputs and gradients differ, and the seconds of every round."""
+    inputs = make_inputs()
+    found, expected = (outputs_and_gradients(model, inputs, outputs_of) for model in (after, before))
+    return {
+        "name": name,
+        "equality": dict(zip(TOLERANCES, map(relative_difference, found, expected), strict=True)),
+        "seconds": seconds_of_passes(before, after, make_inputs, outputs_of, rounds),
+    }
+
+
+def too_different(records: list[dict[str, Any]]) -> list[str]:
+    """One line for every record of :func:`compare` that differs by more than rounding explains."""
+    return [
+        f"{record['name']}: {kind} differ by {value:.1e}, more than {TOLERANCES[kind]:.1e}"
+        for record in records
+        for kind, value in record["equality"].items()
+        if not value <= TOLERANCES[kind]
+    ]
+
+
+def table(records: list[dict[str, Any]]) -> list[str]:
+    """Records of :func:`compare` as markdown."""
+    lines = [
+        "| model | outputs | gradients | pass | speed-up (quartiles) | before, ms | after, ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        same = record["equality"]
+        for name, seconds in record["seconds"].items():
+            low, middle, high = ratios(seconds["before"], seconds["after"])
+            before, after = (1e3 * quartiles(seconds[key]).median for key in ("before", "after"))
+            lines.append(
+                f"| {record['name']} | {same['outputs']:.1e} | {same['gradients']:.1e} | {name} "
+                f"| {middle:.2f} ({low:.2f} – {high:.2f}) | {before:.0f} | {after:.0f} |"
+            )
+    return lines
 
 
 def write(folder: Path, name: str, about: dict[str, Any], records: list[dict[str, Any]], table: list[str]) -> None:

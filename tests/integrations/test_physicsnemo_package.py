@@ -131,3 +131,14 @@ def test_attention_over_slices_is_left_and_named() -> None:
         with pytest.warns(UserWarning, match="its softmax runs over the slices of a token"):
             report = accelerate(model)
         assert not report.replaced and len(report.left) == 2
+
+
+@pytest.mark.parametrize("geometry", [0, 21])
+def test_the_models_that_are_timed_stay_the_same(geometry: int) -> None:
+    models = importlib.import_module("benchmarks.physicsnemo_models")
+    case = models.Case("small", 50, geometry, latents=5)
+    model = models.build_model(case, dim=16, heads=2, layers=2)
+    fast = copy.deepcopy(model)
+    assert len(accelerate(fast).replaced) == 2
+    record = models.compare(case.name, model, fast, lambda: models.make_inputs(case), models.outputs_of, rounds=1)
+    assert not models.too_different([record]), record["equality"]
