@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from scripts import structure
 
 ROOT = Path(__file__).parents[2]
 FILES = [
@@ -85,6 +86,25 @@ def test_layers_of_the_package_point_one_way() -> None:
             parts = module.split(".")
             if parts[0] == "anchor_attention" and len(parts) > 1 and parts[1] in height:
                 assert height[parts[1]] <= height[own], f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_files_of_csrc_have_one_name_only_across_generations() -> None:
+    folders: dict[str, list[str]] = {}
+    for path in FILES:
+        if (ROOT / "csrc") in path.parents and path.parent.name != "instantiations":
+            folders.setdefault(path.name, []).append(path.parent.name)
+    for name, parents in folders.items():
+        assert len(parents) == 1 or set(parents) <= {"common", "sm80", "sm90"}, f"{name} is in {parents}"
+
+
+def test_the_structure_of_a_revision_is_counted() -> None:
+    cells = structure.measure("HEAD")
+    counts = (cells[f"{part}: files, lines"].replace(",", "").split() for part in ("csrc", "all"))
+    csrc, whole = (list(map(int, count)) for count in counts)
+    command = ["git", "ls-tree", "-r", "--name-only", "HEAD", "csrc"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert csrc[0] == sum(name.endswith(structure.CODE) for name in names)
+    assert all(total > part > 0 for total, part in zip(whole, csrc, strict=True))
 
 
 PATH = re.compile(
