@@ -182,9 +182,21 @@ def test_tensor_maps_of_strided_views() -> None:
 def test_choice_of_generation() -> None:
     choose = plans().generation_of
     assert [choose(major, None) for major in (8, 9, 10, 12)] == ["sm80", "sm90", "sm80", "sm80"]
-    assert choose(9, "sm80") == choose(8, "sm80") == "sm80"
-    with pytest.raises(ValueError, match='ANCHOR_ATTENTION_CUDA_KERNELS must be "sm80" or not set, got "hopper"'):
+    assert choose(9, "sm80") == choose(8, "sm80") == choose(8, "no48") == "sm80"
+    assert choose(9, "no48") == "sm90"
+    with pytest.raises(
+        ValueError, match='ANCHOR_ATTENTION_CUDA_KERNELS must be "sm80", "no48" or not set, got "hopper"'
+    ):
         choose(9, "hopper")
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(48, 48), (40, 24)])
+def test_the_tile_of_64_stands_in_for_that_of_48(head_dim: int, value_dim: int) -> None:
+    case = make_case(head_dim=head_dim, value_dim=value_dim, freqs_batch=1, keep=0.8)
+    case.run = KernelRun(generation="sm90", avoid_tile_of_48=True)
+    case.check()
+    tiles = {name.rsplit("_", 1)[1] for name, _, _ in case.run.launches if name.startswith("sm90")}
+    assert tiles == {"64"}, case.run.launches
 
 
 def test_grid_is_that_of_the_device() -> None:

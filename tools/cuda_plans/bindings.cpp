@@ -82,7 +82,8 @@ aa::AttentionParams attention_params(const py::dict& fields, const aa::KeyRangeT
 aa::cuda::PlanOptions options(const py::dict& fields) {
   const bool hopper = field<std::string>(fields, "generation", "sm80") == "sm90";
   return {field<int>(fields, "multiprocessors", 132), field<bool>(fields, "allow_tf32", false),
-          hopper ? aa::cuda::Generation::sm90 : aa::cuda::Generation::sm80};
+          hopper ? aa::cuda::Generation::sm90 : aa::cuda::Generation::sm80,
+          field<bool>(fields, "avoid_tile_of_48", false)};
 }
 
 // (offset in the parameters, arguments of the encoder) of each tensor map; enumerators by their values in cuda.h.

@@ -90,6 +90,7 @@ class KernelRun:
     concurrent_blocks: int = 1
     multiprocessors: int = 132
     generation: str = "sm80"
+    avoid_tile_of_48: bool = False
     reluctant_warps: Sequence[int] = ()
     products: list[Product] | None = None  # gets every wgmma
     launches: list[tuple[str, int, Counters]] = field(default_factory=list)
@@ -167,6 +168,7 @@ def _attention_fields(
         "allow_tf32": allow_tf32,
         "multiprocessors": run.multiprocessors,
         "generation": run.generation,
+        "avoid_tile_of_48": run.avoid_tile_of_48,
         "q": device.address(q),
         "k": device.address(k),
         "v": device.address(v),

@@ -9,7 +9,10 @@ namespace {
 PlanOptions plan_options(const Options& options, const Device& device) {
   Generation newest = generation_of(device.major(), options.pinned_kernels);
   if (!is_compiled(newest)) newest = Generation::sm80;
-  return {.multiprocessors = device.multiprocessors(), .allow_tf32 = options.allow_tf32, .generation = newest};
+  return {.multiprocessors = device.multiprocessors(),
+          .allow_tf32 = options.allow_tf32,
+          .generation = newest,
+          .avoid_tile_of_48 = avoids_tile_of_48(options.pinned_kernels)};
 }
 
 void run(Plan plan, const Target& target, const Allocate& allocate) {

@@ -17,9 +17,12 @@ namespace anchor_attention::cuda {
 enum class Generation : int32_t { sm80, sm90 };
 
 // The newest generation that a device of compute capability `major`.x runs. `pinned` is the value of the environment
-// variable ANCHOR_ATTENTION_CUDA_KERNELS or null: "sm80" pins those kernels. Throws std::invalid_argument for any
-// other value.
+// variable ANCHOR_ATTENTION_CUDA_KERNELS or null: "sm80" pins those kernels, "no48" changes nothing here. Throws
+// std::invalid_argument for any other value.
 Generation generation_of(int major, const char* pinned);
+
+// Whether `pinned` is "no48": on Hopper, head sizes from 33 to 48 then run in the tile of 64.
+bool avoids_tile_of_48(const char* pinned);
 
 enum class KernelKind : int32_t {
   forward,
@@ -64,6 +67,7 @@ struct PlanOptions {
   int multiprocessors = 1;                   // of the device that will run the plan
   bool allow_tf32 = false;                   // one tf32 product per float32 product instead of three
   Generation generation = Generation::sm80;  // the newest that the device runs and the caller allows
+  bool avoid_tile_of_48 = false;             // of sm90: that of 64 takes its head sizes
 };
 
 // Stands for the workspace in a plan that is made before it is allocated. Nothing else that a plan holds begins with

@@ -7,6 +7,7 @@
 #include <iterator>
 #include <limits>
 #include <stdexcept>
+#include <string_view>
 
 namespace anchor_attention::cuda {
 
@@ -29,11 +30,14 @@ std::string KernelId::name() const {
 
 Generation generation_of(int major, const char* pinned) {
   const std::string kernels = pinned == nullptr ? "" : pinned;
-  if (kernels != "" && kernels != "sm80") {
-    throw std::invalid_argument("ANCHOR_ATTENTION_CUDA_KERNELS must be \"sm80\" or not set, got \"" + kernels + "\"");
+  if (kernels != "" && kernels != "sm80" && kernels != "no48") {
+    throw std::invalid_argument("ANCHOR_ATTENTION_CUDA_KERNELS must be \"sm80\", \"no48\" or not set, got \"" +
+                                kernels + "\"");
   }
-  return major == 9 && kernels == "" ? Generation::sm90 : Generation::sm80;
+  return major == 9 && kernels != "sm80" ? Generation::sm90 : Generation::sm80;
 }
+
+bool avoids_tile_of_48(const char* pinned) { return pinned != nullptr && std::string_view(pinned) == "no48"; }
 
 void place_workspace(Plan& plan, void* workspace) {
   const auto unplaced = reinterpret_cast<uintptr_t>(kNoWorkspaceYet);

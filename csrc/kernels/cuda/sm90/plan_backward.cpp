@@ -36,8 +36,9 @@ TokenTensor values(const AttentionParams& forward) {
 }
 
 // Holds the channels of queries and of values.
-int native_head_dim(const AttentionParams& forward) {
-  return backward_native_head_dim(std::max(forward.head_dim, forward.value_dim));
+int native_head_dim(const AttentionParams& forward, bool avoid_tile_of_48) {
+  const int head_dim = backward_native_head_dim(std::max(forward.head_dim, forward.value_dim));
+  return avoid_tile_of_48 && head_dim == 48 ? 64 : head_dim;
 }
 
 AxisSteps axis_steps(const TokenTensor& tensor) {
@@ -73,7 +74,7 @@ class BackwardPlanner {
         options_(options),
         workspace_(workspace),
         precision_(precision_of(forward_.dtype, false)),
-        head_dim_(native_head_dim(forward_)),
+        head_dim_(native_head_dim(forward_, options.avoid_tile_of_48)),
         batch_heads_(forward_.batch * forward_.heads),
         batch_kv_heads_(forward_.batch * forward_.kv_heads),
         n_rows_(batch_heads_ * forward_.n_queries),
@@ -239,7 +240,7 @@ class BackwardPlanner {
 // Without gradients of keys and values, the query pass of sm_80 has three products to do instead of five.
 bool takes_backward(const AttentionBackwardParams& params) {
   const AttentionParams& forward = params.forward;
-  const int head_dim = native_head_dim(forward);
+  const int head_dim = native_head_dim(forward, false);
   if (forward.dtype != ScalarType::bfloat16 && forward.dtype != ScalarType::float16) return false;
   if (head_dim == 0 || forward.head_dim % 8 != 0 || forward.value_dim % 8 != 0) return false;
   if (params.grad_k == nullptr && params.grad_v == nullptr) return false;

@@ -15,8 +15,9 @@ TokenTensor keys(const AttentionParams& p) { return {p.k, p.k_strides, p.batch, 
 TokenTensor values(const AttentionParams& p) { return {p.v, p.v_strides, p.batch, p.n_keys, p.kv_heads, p.value_dim}; }
 
 // Holds the channels of queries and of values.
-ForwardTile tile_of(const AttentionParams& p) {
-  return forward_tile(native_head_dim(std::max(p.head_dim, p.value_dim)));
+ForwardTile tile_of(const AttentionParams& p, bool avoid_tile_of_48) {
+  const int head_dim = native_head_dim(std::max(p.head_dim, p.value_dim));
+  return forward_tile(avoid_tile_of_48 && head_dim == 48 ? 64 : head_dim);
 }
 
 TokenTensor output(const AttentionParams& p) {
@@ -27,14 +28,14 @@ TokenTensor output(const AttentionParams& p) {
 
 bool takes_forward(const AttentionParams& params) {
   const bool narrow = params.dtype == ScalarType::bfloat16 || params.dtype == ScalarType::float16;
-  return narrow && params.head_dim % 8 == 0 && params.value_dim % 8 == 0 && tile_of(params).head_dim != 0 &&
+  return narrow && params.head_dim % 8 == 0 && params.value_dim % 8 == 0 && tile_of(params, false).head_dim != 0 &&
          fits_tensor_map(keys(params)) && fits_tensor_map(values(params)) && fits_tensor_map(output(params));
 }
 
 Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& options, void* workspace_base) {
   check_sizes(params);
   check_output(params.out, "out");
-  const ForwardTile tile = tile_of(params);
+  const ForwardTile tile = tile_of(params, options.avoid_tile_of_48);
   Plan plan;
   Workspace workspace(workspace_base);
   ForwardKernelParams kernel_params{};
