@@ -65,4 +65,5 @@ if __name__ == "__main__":
     try:
         print(fetch())
     except OSError as error:
-        sys.exit(f"fetch_physicsnemo: {error}")
+        print(f"left out nvidia-physicsnemo {VERSION}: {error}", file=sys.stderr)
+        sys.exit(3)

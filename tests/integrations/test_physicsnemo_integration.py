@@ -161,3 +161,14 @@ def test_calls_that_the_operation_cannot_do_run_the_original() -> None:
     # A context that the batch shares: the original broadcasts it.
     x, context = (torch.randn(3, 4, DIM),), torch.randn(1, HEADS, 5, CONTEXT_DIM)
     torch.testing.assert_close(fast(x, context), module(x, context), rtol=0, atol=0)
+
+
+def test_distributed_tensors_are_left_to_the_original() -> None:
+    class Distributed(Tensor):
+        def redistribute(self) -> Tensor:
+            return self
+
+    fast = flare()
+    accelerate(fast, packages=PACKAGES)
+    x = torch.randn(1, 4, DIM)
+    assert fast.fused({"x": x}) is not None and fast.fused({"x": x.as_subclass(Distributed)}) is None
