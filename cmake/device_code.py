@@ -32,6 +32,8 @@ KERNELS = {
     "attention_backward_query": "backward_query",
     "attention_backward_key": "backward_key",
     "attention_backward": "backward",
+    "attention_double_backward_query": "double_backward_query",
+    "attention_double_backward_key": "double_backward_key",
     "attention_forward": "forward",
     "attention_jvp": "jvp",
     "attention_merge": "merge",
@@ -65,7 +67,7 @@ def plan_name(entry: str) -> str:
     suffix = ""
     if name == "backward" and re.search(r"QueryGradientE0E", entry):
         name = "backward_key"
-    elif name == "backward_key":
+    elif name.endswith("backward_key"):
         (gradients,) = re.findall(r"12KeyGradientsE(\d)E", entry)[:1]
         suffix = KEY_GRADIENTS[gradients]
     parts = ["sm90"] if "anchor_attention4sm90" in entry else []

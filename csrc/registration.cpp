@@ -52,6 +52,7 @@ STABLE_TORCH_LIBRARY_IMPL(anchor_attention, CUDA, m) {
   m.impl("attention", TORCH_BOX(&attention<Cuda>));
   m.impl("attention_backward", TORCH_BOX(&attention_backward<Cuda>));
   m.impl("attention_jvp", TORCH_BOX(&attention_jvp<Cuda>));
+  m.impl("attention_double_backward", TORCH_BOX(&attention_double_backward<Cuda>));
   m.impl("rope", TORCH_BOX(&rope<Cuda>));
   m.impl("rope_backward", TORCH_BOX(&rope_backward<Cuda>));
 }

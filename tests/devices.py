@@ -69,7 +69,15 @@ class Device:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*other operators may also be overridden")
             generation = "sm90" if self.name == EMULATED_HOPPER else "sm80"
-            for function in (attention, attention_backward, attention_jvp, rope, rope_backward):
+            functions = (
+                attention,
+                attention_backward,
+                attention_jvp,
+                attention_double_backward,
+                rope,
+                rope_backward,
+            )
+            for function in functions:
                 implementation = partial(function, generation=generation)
                 library.impl(function.__name__, implementation, "CPU", allow_override=True)
         try:
@@ -161,6 +169,36 @@ def attention_jvp(
     new_out, new_lse, out_tangents, lse_tangents = arrays
     value = (_tensor(new_out, q), torch.from_numpy(new_lse)) if out is None else (q.new_empty(0), q.new_empty(0))
     return *value, _tensor(out_tangents, q), torch.from_numpy(lse_tangents)
+
+
+def attention_double_backward(
+    grad_out: torch.Tensor, grad_lse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor, q_tangent: torch.Tensor | None, k_tangent: torch.Tensor | None,
+    v_tangent: torch.Tensor | None, q_ranges: Sequence[int], k_offsets: Sequence[int], k_ranges: Sequence[int],
+    key_mask: torch.Tensor | None, scale: float | None, need_q: bool, need_k: bool, need_v: bool, *, generation: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """``anchor_attention::attention_double_backward``, not for float64."""
+    along = [None if t is None else _readable(t) for t in (q_tangent, k_tangent, v_tangent)]
+    table = (q_ranges, k_offsets, k_ranges)
+    _, _, out_tangent, lse_tangent = (
+        result[0] if result.numel() else result
+        for result in attention_jvp(
+            q, k, v, out, lse, *(None if t is None else t[None] for t in along), *table, key_mask, scale,
+            generation=generation,
+        )
+    )  # fmt: skip
+    needed = {"q": need_q, "k": need_k, "v": need_v}
+    of_q, of_k, of_v = map(_array, along)
+    grads = cuda_plans.attention_double_backward(
+        _NAMES[q.dtype], *map(_array, (q, k, v)), _entries(*table),
+        *map(_array, (out, lse, _readable(grad_out), out_tangent, lse_tangent)),
+        q_tangent=of_q, k_tangent=of_k, v_tangent=of_v,
+        grad_lse=None if grad_lse is None else _array(grad_lse.contiguous()), key_mask=_array(key_mask), scale=scale,
+        run=cuda_plans.KernelRun(generation=generation), wanted=[name for name, needs in needed.items() if needs],
+    )  # fmt: skip
+    like = {"q": q, "k": k, "v": v}
+    results = (_tensor(grads[name], tensor) if name in grads else q.new_empty(0) for name, tensor in like.items())
+    return out_tangent, lse_tangent, *results
 
 
 def rope(x: torch.Tensor, freqs: torch.Tensor, *, generation: str) -> torch.Tensor:

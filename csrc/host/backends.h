@@ -19,7 +19,7 @@ struct Cpu {
   static void attention(const AttentionParams& params, const Tensor& like, bool allow_tf32);
   static void attention_backward(const AttentionBackwardParams& params, const Tensor& like, bool allow_tf32);
   static void attention_jvp(const AttentionJvpParams& params, const Tensor& like);
-  static void attention_double_backward(const AttentionDoubleBackwardParams& params);
+  static void attention_double_backward(const AttentionDoubleBackwardParams& params, const Tensor& like);
   static void rope(const RopeParams& params, const Tensor& like);
   static void rope_backward(const RopeBackwardParams& params, const Tensor& like);
 };
@@ -29,6 +29,7 @@ struct Cuda {
   static void attention(const AttentionParams& params, const Tensor& like, bool allow_tf32);
   static void attention_backward(const AttentionBackwardParams& params, const Tensor& like, bool allow_tf32);
   static void attention_jvp(const AttentionJvpParams& params, const Tensor& like);
+  static void attention_double_backward(const AttentionDoubleBackwardParams& params, const Tensor& like);
   static void rope(const RopeParams& params, const Tensor& like);
   static void rope_backward(const RopeBackwardParams& params, const Tensor& like);
 };

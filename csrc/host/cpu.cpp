@@ -55,7 +55,7 @@ void Cpu::attention_jvp(const AttentionJvpParams& params, const Tensor&) {
   run([&](const cpu::Executor& executor) { cpu::attention_jvp(params, executor); });
 }
 
-void Cpu::attention_double_backward(const AttentionDoubleBackwardParams& params) {
+void Cpu::attention_double_backward(const AttentionDoubleBackwardParams& params, const Tensor&) {
   run([&](const cpu::Executor& executor) { cpu::attention_double_backward(params, executor); });
 }
 

@@ -104,6 +104,12 @@ void Cuda::attention_jvp(const AttentionJvpParams& params, const Tensor& like) {
   });
 }
 
+void Cuda::attention_double_backward(const AttentionDoubleBackwardParams& params, const Tensor& like) {
+  on_gpu("attention_double_backward", like, [&](Context& context) {
+    cuda::attention_double_backward(params, context.target(), [&](int64_t bytes) { return context.allocate(bytes); });
+  });
+}
+
 void Cuda::rope(const RopeParams& params, const Tensor& like) {
   on_gpu("rope", like, [&](Context& context) { cuda::rope(params, context.target()); });
 }

@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
     params.v_tangent = jvp.v_tangents;
     params.out_tangent = jvp.out_tangents;
     params.lse_tangent = jvp.lse_tangents;
-    if (need_q || need_k || need_v) Device::attention_double_backward(params);
+    if (need_q || need_k || need_v) Device::attention_double_backward(params, q);
   }
   return {out_tangent, lse_tangent, grad_q, grad_k, grad_v};
 }

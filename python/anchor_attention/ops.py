@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import composite, fake, flops, vmap  # noqa: F401
+from . import fake, flops, vmap  # noqa: F401
 from .interrupts import raised_by_a_signal
 
 flops.register()

@@ -147,38 +147,47 @@ class AttentionReference:
             gradient_of_p_error + delta_error + 2 * _FLOAT32 * np.abs(gradient_of_p - delta)
         )
 
-        def product(x: F64, x_error: F64, y: F64, terms: int, factor: float) -> Bounded:
-            value = factor * x @ y
-            operand_error = a.rounded_operand + a.operand + (terms + 8) * _FLOAT32
-            # `smallest` is what an operand loses where it underflows.
-            error = abs(factor) * (x_error + np.abs(x) * operand_error + a.smallest) @ np.abs(y)
-            error = error + a.stored * np.abs(value) + a.smallest
-            return Bounded(value.transpose(0, 2, 1, 3), error.transpose(0, 2, 1, 3))
-
         # Of a group's heads the gradients add up in float32.
         n_rows = n_queries * self._shared_by
-        grad_v = product(self._p.swapaxes(-1, -2), self._probability_error.swapaxes(-1, -2), g, n_rows, 1.0)
+        grad_v = self._product(self._p.swapaxes(-1, -2), self._probability_error.swapaxes(-1, -2), g, n_rows, 1.0)
         q_error = 2 * a.stored + 4 * _FLOAT32 if self.q_freqs is not None else 0.0
         ds_t, ds_t_error = ds.swapaxes(-1, -2), ds_error.swapaxes(-1, -2)
-        grad_k = product(ds_t, ds_t_error + 1.5 * q_error * np.abs(ds_t), self._q, n_rows, self.scale)
-        grad_q = product(ds, ds_error, self._k, n_keys, self.scale)
+        grad_k = self._product(ds_t, ds_t_error + 1.5 * q_error * np.abs(ds_t), self._q, n_rows, self.scale)
+        grad_q = self._product(ds, ds_error, self._k, n_keys, self.scale)
         gradients = {"k": self._summed(grad_k), "v": self._summed(grad_v)}
         if self.q_freqs is None:
             return gradients | {"q": grad_q}
         return gradients | rope_gradients(self.q, self.q_freqs, grad_q.value, a, grad_q.error)
 
+    def _product(self, x: F64, x_error: F64, y: F64, terms: int, factor: float) -> Bounded:
+        """factor · x @ y, where x was computed, in the order of the inputs' axes."""
+        a = self.arithmetic
+        value = factor * x @ y
+        operand_error = a.rounded_operand + a.operand + (terms + 8) * _FLOAT32
+        # `smallest` is what an operand loses where it underflows.
+        error = abs(factor) * (x_error + np.abs(x) * operand_error + a.smallest) @ np.abs(y)
+        error = error + a.stored * np.abs(value) + a.smallest
+        return Bounded(value.transpose(0, 2, 1, 3), error.transpose(0, 2, 1, 3))
+
+    def _directions(self, q_tangent: F64 | None, k_tangent: F64 | None, v_tangent: F64 | None) -> list[F64]:
+        """Heads first, of one head of queries each; zeros for None."""
+        given = ((q_tangent, self._q, 1), (k_tangent, self._k, self._shared_by), (v_tangent, self._v, self._shared_by))
+        return [
+            np.zeros_like(like) if x is None else np.repeat(x, shared_by, axis=2).transpose(0, 2, 1, 3)
+            for x, like, shared_by in given
+        ]
+
+    def _score_tangents(self, of_q: F64, of_k: F64) -> tuple[F64, F64]:
+        """T, and the sum of the magnitudes of its terms."""
+        keys, key_tangents = self._k.swapaxes(-1, -2), of_k.swapaxes(-1, -2)
+        t = self.scale * (of_q @ keys + self._q @ key_tangents)
+        return t, abs(self.scale) * (np.abs(of_q) @ np.abs(keys) + np.abs(self._q) @ np.abs(key_tangents))
+
     def tangents(self, q_tangent: F64 | None, k_tangent: F64 | None, v_tangent: F64 | None) -> tuple[Bounded, Bounded]:
         """Of out and lse along a direction, None where it is zero; shapes of the inputs, of out and of lse."""
         a = self.arithmetic
-
-        def heads_first(x: F64 | None, like: F64, shared_by: int = 1) -> F64:
-            return np.zeros_like(like) if x is None else np.repeat(x, shared_by, axis=2).transpose(0, 2, 1, 3)
-
-        of_q = heads_first(q_tangent, self._q)
-        of_k, of_v = (heads_first(x, y, self._shared_by) for x, y in ((k_tangent, self._k), (v_tangent, self._v)))
-        keys, key_tangents = self._k.swapaxes(-1, -2), of_k.swapaxes(-1, -2)
-        t = self.scale * (of_q @ keys + self._q @ key_tangents)
-        size = abs(self.scale) * (np.abs(of_q) @ np.abs(keys) + np.abs(self._q) @ np.abs(key_tangents))
+        of_q, of_k, of_v = self._directions(q_tangent, k_tangent, v_tangent)
+        t, size = self._score_tangents(of_q, of_k)
         has_keys = self._p.any(axis=-1, keepdims=True)
         read = self._counts > 0
         # The reference is a mean of T over some of the row's keys: what is left of T is no larger than the range of T.
@@ -203,6 +212,57 @@ class AttentionReference:
         error = error + w.sum(axis=-1, keepdims=True) * (out_error + 2 * _FLOAT32 * np.abs(out))
         error = error + mean_error * np.abs(out) + a.stored * np.abs(value) + a.smallest
         return Bounded(value.transpose(0, 2, 1, 3), error.transpose(0, 2, 1, 3)), lse
+
+    def second(
+        self, grad_out: F64, grad_lse: Array, q_tangent: F64 | None, k_tangent: F64 | None, v_tangent: F64 | None
+    ) -> dict[str, Bounded]:
+        """Gradients of <grad_out, tangent of out> + <grad_lse, tangent of lse>, of q, k and v."""
+        of_q, of_k, of_v = self._directions(q_tangent, k_tangent, v_tangent)
+        out_tangent, lse_tangent = self.tangents(q_tangent, k_tangent, v_tangent)
+        g, v_rows = grad_out.transpose(0, 2, 1, 3), self._v.swapaxes(-1, -2)
+
+        def row_product(rows: Bounded) -> tuple[F64, F64]:
+            value, error = (x.transpose(0, 2, 1, 3) for x in (rows.value, rows.error))
+            terms_error = np.abs(g) * (error + 16 * _FLOAT32 * np.abs(value))
+            return (g * value).sum(axis=-1, keepdims=True), terms_error.sum(axis=-1, keepdims=True)
+
+        (delta, delta_error), (mean, mean_error) = row_product(self.out), row_product(out_tangent)
+        has_keys = np.isfinite(self.lse.value)
+        delta = delta - np.where(has_keys, grad_lse, 0.0)[..., None]
+        t, t_size = self._score_tangents(of_q, of_k)
+        r, r_error = lse_tangent.value[..., None], lse_tangent.error[..., None]
+        t_error = t_size * self._product_error + r_error + 4 * _FLOAT32 * (np.abs(t) + np.abs(r))
+        t = t - r
+        d = g @ v_rows - delta
+        d_error = (
+            self._product_error * np.abs(g) @ np.abs(v_rows) + delta_error + 4 * _FLOAT32 * (np.abs(d) + np.abs(delta))
+        )
+        x = g @ of_v.swapaxes(-1, -2)
+        e = t * d + x - mean
+        e_error = np.abs(t) * d_error + np.abs(d) * t_error + mean_error
+        e_error = e_error + self._product_error * np.abs(g) @ np.abs(of_v).swapaxes(-1, -2)
+        e_error = e_error + 4 * _FLOAT32 * (np.abs(t * d) + np.abs(x) + np.abs(mean))
+
+        def weighted(y: F64, y_error: F64) -> tuple[F64, F64]:
+            return self._p * y, self._probability_error * np.abs(y) + self._p * (y_error + 2 * _FLOAT32 * np.abs(y))
+
+        def both(first: Bounded, other: Bounded) -> Bounded:
+            return Bounded(first.value + other.value, first.error + other.error)
+
+        def transposed(pair: tuple[F64, F64]) -> tuple[F64, F64]:
+            return pair[0].swapaxes(-1, -2), pair[1].swapaxes(-1, -2)
+
+        w, ds, gradient = weighted(t, t_error), weighted(d, d_error), weighted(e, e_error)
+        n_queries, n_keys = self._p.shape[-2:]
+        n_rows = n_queries * self._shared_by
+        product, scale = self._product, self.scale
+        of_keys = both(product(*transposed(gradient), self._q, n_rows, scale),
+                       product(*transposed(ds), of_q, n_rows, scale))  # fmt: skip
+        return {
+            "q": both(product(*gradient, self._k, n_keys, scale), product(*ds, of_k, n_keys, scale)),
+            "k": self._summed(of_keys),
+            "v": self._summed(product(*transposed(w), g, n_rows, 1.0)),
+        }
 
     def _summed(self, gradient: Bounded) -> Bounded:
         """Of heads → of the heads of keys that they share."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tools.cuda_plans import KernelRun, attention_jvp
+from tools.cuda_plans import KernelRun, attention_double_backward, attention_jvp
 from tools.cuda_plans.run import Array, Table, from_storage, to_storage
 
 from tests.cuda.kernel_cases import RAGGED, Case, make_case, nan_storage
@@ -46,6 +46,52 @@ def check_jvp(case: Case, moves: str = "q", n: int = 1) -> tuple[Array, ...]:
         of_out.check(from_storage(out_tangents[i], case.dtype), f"tangent {i} of out")
         of_lse.check(lse_tangents[i].astype(np.float64), f"tangent {i} of lse")
     return results
+
+
+def run_second(case: Case, moves: str) -> dict[str, Array]:
+    """The operation after the forward and the tangents that it needs."""
+    tangents = make_tangents(case, moves, 1)
+    out, lse, out_tangents, lse_tangents = run_jvp(case, tangents)
+    along: dict[str, Any] = {name[:-1]: tangent[0] for name, tangent in tangents.items()}
+    return attention_double_backward(
+        case.dtype, case.q, case.k, case.v, case.table, out, lse, case.grad_out, out_tangents[0], lse_tangents[0],
+        **along, grad_lse=case.grad_lse, key_mask=case.key_mask, scale=case.scale, wanted=case.wanted, run=case.run,
+    )  # fmt: skip
+
+
+def check_second(case: Case, moves: str = "q") -> dict[str, Array]:
+    """Runs the operation and compares its results with the reference."""
+    tangents = make_tangents(case, moves, 1)
+    along = (from_storage(tangents[f"{name}_tangents"][0], case.dtype) if name in moves else None for name in "qkv")
+    expected = case.reference().second(from_storage(case.grad_out, case.dtype), case.grad_lse, *along)
+    found = run_second(case, moves)
+    assert set(found) == set(case.wanted)
+    for name, gradient in found.items():
+        expected[name].check(from_storage(gradient, case.dtype), f"second derivative of {name}")
+    return found
+
+
+@pytest.mark.parametrize("moves", ["q", "qkv"])
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 96, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_second_derivatives_of_native_head_dims(dtype: str, head_dim: int, moves: str) -> None:
+    table: Table = [((3, 90), [(5, 60), (70, 130)])]
+    check_second(make_case(dtype, n_queries=100, n_keys=130, head_dim=head_dim, table=table, seed=head_dim), moves)
+
+
+@pytest.mark.parametrize("moves", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
+def test_second_derivatives_of_ranges_masks_and_grouped_heads(moves: str) -> None:
+    check_second(make_case(batch=2, heads=4, kv_heads=2, value_dim=40, keep=0.6), moves)
+
+
+@pytest.mark.parametrize("wanted", [("q",), ("k",), ("v",)])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_only_wanted_second_derivatives_are_computed(wanted: tuple[str, ...], head_dim: int) -> None:
+    case = make_case(n_queries=70, n_keys=60, head_dim=head_dim, table=[((0, 70), [(0, 60)])])
+    case.wanted = wanted
+    check_second(case)
+    launched = [name for name, _, _ in case.run.launches if name.startswith("double_backward")]
+    assert len(launched) == 1 and ("query" in launched[0]) == (wanted == ("q",))
 
 
 @pytest.mark.parametrize("moves", ["q", "qkv"])
@@ -145,6 +191,21 @@ def test_masked_and_unread_keys_reach_nothing(dtype: str) -> None:
         np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_second_derivatives_of_masked_keys_and_rows_without_keys_are_zero(dtype: str) -> None:
+    case = make_case(dtype, batch=2, n_queries=60, n_keys=200, table=[((0, 50), [(10, 90), (95, 180)])])
+    case.key_mask = np.random.default_rng(0).uniform(size=(2, 200)) < 0.5
+    case.key_mask[1] = False
+    expected = check_second(case, "qkv")
+    gone = ~case.key_mask
+    assert not expected["q"][1].any() and not expected["q"][:, 50:].any()
+    assert not expected["k"][gone].any() and not expected["v"][gone].any()
+    case.k, case.v = case.k.copy(), case.v.copy()
+    case.k[gone] = case.v[gone] = nan_storage(dtype)
+    for name, found in run_second(case, "qkv").items():
+        np.testing.assert_array_equal(found, expected[name], err_msg=name)
+
+
 def test_blocks_in_any_order_give_the_same_bits() -> None:
     results = []
     for seed, concurrent_blocks in ((0, 1), (3, 4)):
@@ -153,3 +214,6 @@ def test_blocks_in_any_order_give_the_same_bits() -> None:
         results.append(run_jvp(case, make_tangents(case, "qkv", 2)))
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one, other)
+    first, again = (run_second(make_case(heads=2, table=RAGGED), "qkv") for _ in range(2))
+    for name, found in first.items():
+        np.testing.assert_array_equal(found, again[name], err_msg=name)

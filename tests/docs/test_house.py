@@ -41,7 +41,7 @@ EVERY_PART = {"anchor_attention", "tools", "benchmarks", "scripts", "examples", 
 # Layers of the package, lowest first: a module imports from its own layer and those below.
 LAYERS = (
     {"_context", "_dtypes", "_library", "_version", "argument_checks", "flops", "interrupts", "vmap"},
-    {"block_mask", "composite", "distance_bias", "fake", "ops", "key_range_table", "patterns"},
+    {"block_mask", "distance_bias", "fake", "ops", "key_range_table", "patterns"},
     {"reference", "converters"},
     {"functional"},
     {"modules"},

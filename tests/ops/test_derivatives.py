@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +17,6 @@ from anchor_attention import (
     anchor_attention,
     anchor_attention_jvp,
     anchor_attention_reference,
-    composite,
     use_backend,
 )
 from tests.devices import DEVICES, DEVICES_AND_DTYPES, Device
@@ -66,9 +64,9 @@ class Sample:
         value = self.value() if known else (None, None)
         return ops.attention_jvp(*self.tensors, *value, *self.directions, *RANGES, self.key_mask, self.scale)
 
-    def double_backward(self, function: Callable[..., Any] = ops.attention_double_backward) -> tuple[torch.Tensor, ...]:
+    def double_backward(self) -> tuple[torch.Tensor, ...]:
         first = (None if direction is None else direction[0] for direction in self.directions)
-        return function(
+        return ops.attention_double_backward(
             self.grad_out, self.grad_lse, *self.tensors, *self.value(), *first, *RANGES, self.key_mask, self.scale,
             True, True, True,
         )  # fmt: skip
@@ -206,6 +204,16 @@ def test_second_derivatives(dtype: torch.dtype) -> None:
     assert_as_good_as_plain(s.double_backward(), expected_second(s, torch.float64), expected_second(s, working), dtype)
 
 
+@pytest.mark.parametrize("moves", ["q", "qkv"])
+@pytest.mark.parametrize(("name", "dtype"), DEVICES_AND_DTYPES, ids=str)
+def test_second_derivatives_on_every_device(name: str, dtype: torch.dtype, moves: str) -> None:
+    s = sample(dtype, moves, kv_heads=2, value_dim=40)
+    exact, plain = (expected_second(s, working) for working in (torch.float64, torch.float32))
+    with Device(name).executing() as device:
+        found = [result.cpu() for result in s.on(device.memory).double_backward()]
+    assert_as_good_as_plain(found, exact, plain, dtype)
+
+
 @pytest.mark.parametrize("moves", ["q", "k", "v", "qk", "qv", "kv"])
 def test_directions_that_are_zero(moves: str) -> None:
     s = sample(torch.float64, moves)
@@ -322,24 +330,6 @@ def test_empty_axes() -> None:
         )
         assert [tuple(r.shape) for r in second] == [tuple(t.shape) for t in (out, lse, q, k, k)]
         assert not any(r.isnan().any() for r in second)
-
-
-@pytest.mark.parametrize("moves", ["q", "k", "v", "qkv"])
-def test_the_composite_of_other_devices_is_the_operation(moves: str) -> None:
-    for kv_heads, masked in itertools.product((4, 2), (False, True)):
-        s = sample(torch.float64, moves, kv_heads, 40, masked=masked)
-        for found, wanted in zip(
-            s.double_backward(composite.attention_double_backward), s.double_backward(), strict=True
-        ):
-            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
-
-
-def test_the_composite_takes_rows_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    s = sample(torch.float64)
-    expected = s.double_backward(composite.attention_double_backward)
-    monkeypatch.setattr(composite, "_BLOCK_SCORES", 2 * 4 * 90 * 7)
-    for found, wanted in zip(s.double_backward(composite.attention_double_backward), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
 def opcheck_samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:

@@ -136,8 +136,7 @@ aa::cuda::Plan plan_attention_forward(const py::dict& fields) {
   });
 }
 
-aa::cuda::Plan plan_attention_backward(const py::dict& fields) {
-  const aa::KeyRangeTable table = table_of(fields);
+aa::AttentionBackwardParams backward_params(const py::dict& fields, const aa::KeyRangeTable& table) {
   aa::AttentionBackwardParams p{};
   p.forward = attention_params(fields, table);
   p.grad_out = pointer(fields, "grad_out");
@@ -147,6 +146,12 @@ aa::cuda::Plan plan_attention_backward(const py::dict& fields) {
   p.grad_k = pointer(fields, "grad_k");
   p.grad_v = pointer(fields, "grad_v");
   p.grad_q_freqs = pointer(fields, "grad_q_freqs");
+  return p;
+}
+
+aa::cuda::Plan plan_attention_backward(const py::dict& fields) {
+  const aa::KeyRangeTable table = table_of(fields);
+  const aa::AttentionBackwardParams p = backward_params(fields, table);
   return planned(fields,
                  [&](void* workspace) { return aa::cuda::plan_attention_backward(p, options(fields), workspace); });
 }
@@ -169,6 +174,18 @@ aa::cuda::Plan plan_attention_jvp(const py::dict& fields) {
   p.out_tangents = pointer(fields, "out_tangents");
   p.lse_tangents = pointer(fields, "lse_tangents");
   return planned(fields, [&](void* workspace) { return aa::cuda::plan_attention_jvp(p, options(fields), workspace); });
+}
+
+aa::cuda::Plan plan_attention_double_backward(const py::dict& fields) {
+  const aa::KeyRangeTable table = table_of(fields);
+  aa::AttentionDoubleBackwardParams p{};
+  p.backward = backward_params(fields, table);
+  p.q_tangent = tangents(fields, "q_tangent");
+  p.k_tangent = tangents(fields, "k_tangent");
+  p.v_tangent = tangents(fields, "v_tangent");
+  p.out_tangent = pointer(fields, "out_tangent");
+  p.lse_tangent = pointer(fields, "lse_tangent");
+  return planned(fields, [&](void* workspace) { return aa::cuda::plan_attention_double_backward(p, workspace); });
 }
 
 // Words and sizes of a schedule of the sm_90 backward.
@@ -225,6 +242,7 @@ PYBIND11_MODULE(CUDA_PLANS_MODULE, module) {
   module.def("plan_attention_forward", &plan_attention_forward);
   module.def("plan_attention_backward", &plan_attention_backward);
   module.def("plan_attention_jvp", &plan_attention_jvp);
+  module.def("plan_attention_double_backward", &plan_attention_double_backward);
   module.def("backward_schedule", &backward_schedule, py::arg("fields"), py::arg("queries_per_tile"), py::arg("items"),
              py::arg("heads_per_kv_head") = 1, py::arg("sum_bytes") = int64_t{1} << 40,
              py::arg("concurrent_tiles") = 1);

@@ -21,15 +21,18 @@ Table = Sequence[tuple[tuple[int, int], Sequence[tuple[int, int]]]]
 
 _NAME = re.compile(
     r"(?P<generation>sm90_)?"
-    r"(?P<kind>forward|merge|backward_query|backward_key|backward|jvp|row_statistics|query_gradient|rope_freqs|rope|"
-    r"upload)"
+    r"(?P<kind>forward|merge|backward_query|backward_key|backward|jvp|double_backward_query|double_backward_key|"
+    r"row_statistics|query_gradient|rope_freqs|rope|upload)"
     r"(?:_(?P<precision>bfloat16|float16|tf32x3|tf32))?(?:_(?P<head_dim>\d+))?(?:_(?P<gradients>key|value))?$"
 )
 _ENTRIES = {
     "forward": "attention_forward",
     "merge": "attention_merge",
     "backward_query": "attention_backward_query",
+    "backward_key": "attention_backward_key",
     "jvp": "attention_jvp",
+    "double_backward_query": "attention_double_backward_query",
+    "double_backward_key": "attention_double_backward_key",
     "row_statistics": "attention_row_statistics",
     "rope": "cuda4rope",
     "rope_freqs": "rope_freqs_gradient",
@@ -43,7 +46,7 @@ _SM90_ENTRIES = {
     "query_gradient": ("backward", "attention_query_gradient"),
 }
 # Of sm80: kernels in files of their own.
-_DERIVATIVES = ("jvp",)
+_DERIVATIVES = ("jvp", "double_backward_query", "double_backward_key")
 _KEY_GRADIENTS = {None: "KeyGradientsE0", "key": "KeyGradientsE1", "value": "KeyGradientsE2"}
 
 
@@ -64,10 +67,11 @@ def _instantiation_and_entry(name: str) -> tuple[str, str]:
         return "upload", _ENTRIES[kind]
     if head_dim is None:
         return f"elementwise_{'float32' if precision == 'tf32' else precision}", _ENTRIES[kind]
-    if kind == "backward_key":
-        return f"attention_{precision}_{head_dim}", f"attention_backward_key.*{_KEY_GRADIENTS[match['gradients']]}"
     file = "derivatives" if kind in _DERIVATIVES else "attention"
-    return f"{file}_{precision}_{head_dim}", _ENTRIES[kind]
+    entry = _ENTRIES[kind]
+    if kind.endswith("backward_key"):
+        entry = f"{entry}.*{_KEY_GRADIENTS[match['gradients']]}"
+    return f"{file}_{precision}_{head_dim}", entry
 
 
 def instantiation_of(name: str) -> tuple[str, str]:
@@ -266,6 +270,33 @@ def attention_jvp(
     }
     _run(plans().plan_attention_jvp, fields, device, run)
     return out, lse, out_tangents, lse_tangents
+
+
+def attention_double_backward(
+    dtype: str, q: Array, k: Array, v: Array, table: Table, out: Array, lse: Array, grad_out: Array,
+    out_tangent: Array, lse_tangent: Array, *, q_tangent: Array | None = None, k_tangent: Array | None = None,
+    v_tangent: Array | None = None, grad_lse: Array | None = None, key_mask: Array | None = None,
+    scale: float | None = None, wanted: Sequence[str] = ("q", "k", "v"), run: KernelRun | None = None,
+) -> dict[str, Array]:  # fmt: skip
+    """Second derivatives of what is `wanted` along one direction; the tangents of out and lse are those along it."""
+    run, device = run or KernelRun(), _Device()
+    fields = _attention_fields(device, dtype, q, k, v, table, None, key_mask, scale, run, False)
+    along = {"q_tangent": q_tangent, "k_tangent": k_tangent, "v_tangent": v_tangent}
+    fields |= _tangent_fields(device, **{name: None if x is None else x[None] for name, x in along.items()})
+    gradients: dict[str, Array] = {name: np.zeros(x.shape, q.dtype) for name, x in zip("qkv", (q, k, v), strict=True)}
+    gradients = {name: gradient for name, gradient in gradients.items() if name in wanted}
+    fields |= {f"grad_{name}": device.address(gradient, output=True) for name, gradient in gradients.items()}
+    fields |= {
+        "out": device.address(out),
+        "lse": device.address(lse),
+        "grad_out": device.address(grad_out),
+        "grad_out_strides": _strides(grad_out),
+        "grad_lse": device.address(grad_lse),
+        "out_tangent": device.address(out_tangent),
+        "lse_tangent": device.address(lse_tangent),
+    }
+    _run(plans().plan_attention_double_backward, fields, device, run)
+    return gradients
 
 
 def _rope_fields(device: _Device, dtype: str, x: Array, freqs: Array) -> dict[str, Any]:

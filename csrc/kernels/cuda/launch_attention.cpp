@@ -39,6 +39,11 @@ void attention_jvp(const AttentionJvpParams& params, const Options& options, con
   run(plan_attention_jvp(params, plan_options(options, target.device), kNoWorkspaceYet), target, allocate);
 }
 
+void attention_double_backward(const AttentionDoubleBackwardParams& params, const Target& target,
+                               const Allocate& allocate) {
+  run(plan_attention_double_backward(params, kNoWorkspaceYet), target, allocate);
+}
+
 void rope(const RopeParams& params, const Target& target) { run(plan_rope(params), target); }
 
 void rope_backward(const RopeBackwardParams& params, const Target& target) { run(plan_rope_backward(params), target); }

@@ -32,6 +32,8 @@ void attention_backward(const AttentionBackwardParams& params, const Options& op
                         const Allocate& allocate);
 void attention_jvp(const AttentionJvpParams& params, const Options& options, const Target& target,
                    const Allocate& allocate);
+void attention_double_backward(const AttentionDoubleBackwardParams& params, const Target& target,
+                               const Allocate& allocate);
 void rope(const RopeParams& params, const Target& target);
 void rope_backward(const RopeBackwardParams& params, const Target& target);
 

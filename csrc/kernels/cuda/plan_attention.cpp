@@ -35,4 +35,8 @@ Plan plan_attention_jvp(const AttentionJvpParams& params, const PlanOptions& opt
   return plan;
 }
 
+Plan plan_attention_double_backward(const AttentionDoubleBackwardParams& params, void* workspace) {
+  return sm80::plan_attention_double_backward(params, workspace);
+}
+
 }  // namespace anchor_attention::cuda

@@ -14,5 +14,6 @@ Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& op
 Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOptions& options, void* workspace);
 // float32 is multiplied as 3 × tf32 whatever the options say. Where the value is not known, the forward comes first.
 Plan plan_attention_jvp(const AttentionJvpParams& params, const PlanOptions& options, void* workspace);
+Plan plan_attention_double_backward(const AttentionDoubleBackwardParams& params, void* workspace);
 
 }  // namespace anchor_attention::cuda

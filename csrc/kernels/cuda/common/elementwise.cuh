@@ -27,6 +27,32 @@ __device__ inline const typename P::Storage* row_pointer(const TensorView& tenso
          row.token * tensor.strides.token + row.head * tensor.strides.head;
 }
 
+// Of a row's channels that belong to one of the threads that share it.
+template <class P>
+__device__ inline float partial_dot(const TensorView& x, const TensorView& y, const TokenRow& at, int32_t part,
+                                    int32_t channels) {
+  const auto* x_row = row_pointer<P>(x, at);
+  const auto* y_row = row_pointer<P>(y, at);
+  float sum = 0.0f;
+  for (int32_t channel = part * kChunkElements<P>; channel < channels; channel += kThreadsPerRow * kChunkElements<P>) {
+    float a[kChunkElements<P>];
+    float b[kChunkElements<P>];
+    unpack<P>(load_chunk<P>(x_row + channel, x.vectorised), a);
+    unpack<P>(load_chunk<P>(y_row + channel, y.vectorised), b);
+#pragma unroll
+    for (int i = 0; i < kChunkElements<P>; ++i) sum = fmaf(a[i], b[i], sum);
+  }
+  return sum;
+}
+
+__device__ inline float sum_over_row_threads(float value) {
+#pragma unroll
+  for (int distance = 1; distance < kThreadsPerRow; distance *= 2) {
+    value += __shfl_xor_sync(kFullWarp, value, distance);
+  }
+  return value;
+}
+
 template <class P>
 __global__ void __launch_bounds__(kElementwiseThreads)
     attention_row_statistics(const __grid_constant__ StatisticsKernelParams p) {
@@ -37,34 +63,30 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   const int64_t row = thread / kThreadsPerRow;
   const int32_t part = static_cast<int32_t>(thread % kThreadsPerRow);
   // Threads without a row do not return early: the shuffles need whole warps.
+  const bool has_tangent = p.out_tangent.data != nullptr;
   float sum = 0.0f;
+  float tangent_sum = 0.0f;
   TokenRow at{};
   if (row < p.n_rows) {
     at = token_row(row, p.n_queries, p.heads);
-    const auto* out = row_pointer<P>(p.out, at);
-    const auto* grad_out = row_pointer<P>(p.grad_out, at);
-    for (int32_t channel = part * kChunkElements<P>; channel < p.value_dim;
-         channel += kThreadsPerRow * kChunkElements<P>) {
-      float a[kChunkElements<P>];
-      float b[kChunkElements<P>];
-      unpack<P>(load_chunk<P>(out + channel, p.out.vectorised), a);
-      unpack<P>(load_chunk<P>(grad_out + channel, p.grad_out.vectorised), b);
-#pragma unroll
-      for (int i = 0; i < kChunkElements<P>; ++i) sum = fmaf(a[i], b[i], sum);
-    }
+    sum = partial_dot<P>(p.out, p.grad_out, at, part, p.value_dim);
+    if (has_tangent) tangent_sum = partial_dot<P>(p.out_tangent, p.grad_out, at, part, p.value_dim);
   }
-#pragma unroll
-  for (int distance = 1; distance < kThreadsPerRow; distance *= 2) {
-    sum += __shfl_xor_sync(kFullWarp, sum, distance);
-  }
+  sum = sum_over_row_threads(sum);
+  tangent_sum = sum_over_row_threads(tangent_sum);
   if (row >= p.n_rows || part != 0) return;
   const int64_t index = (at.batch * p.heads + at.head) * p.n_queries + at.token;
   const float lse = p.lse[index];
   // A row without keys has no gradient: with lse = +inf all its probabilities are 0.
   const bool empty = lse == -INFINITY;
   const float grad_lse = p.grad_lse == nullptr ? 0.0f : p.grad_lse[index];
-  reinterpret_cast<float2*>(p.row_statistics)[index] =
-      empty ? make_float2(INFINITY, 0.0f) : make_float2(lse * kLog2E, sum - grad_lse);
+  const float2 first = empty ? make_float2(INFINITY, 0.0f) : make_float2(lse * kLog2E, sum - grad_lse);
+  if (has_tangent) {
+    reinterpret_cast<float4*>(p.row_statistics)[index] =
+        make_float4(first.x, first.y, p.lse_tangent[index], tangent_sum);
+  } else {
+    reinterpret_cast<float2*>(p.row_statistics)[index] = first;
+  }
 }
 
 template <class P>

@@ -58,13 +58,16 @@ struct MergeKernelParams {
   ScheduleView schedule;
 };
 
-// delta = Σ out · grad_out − grad_lse per row, lse in base 2; zeroes the counters of the key pass on the way.
+// delta = Σ out · grad_out − grad_lse per row, lse in base 2; zeroes the counters of the key pass on the way. Where the
+// tangents of out and lse are given, that of lse and Σ out_tangent · grad_out follow.
 struct StatisticsKernelParams {
   TensorView out;
   TensorView grad_out;
-  const float* lse;       // [batch, heads, n_queries]
-  const float* grad_lse;  // [batch, heads, n_queries], may be null
-  float* row_statistics;  // [batch, heads, n_queries, 2]
+  const float* lse;          // [batch, heads, n_queries]
+  TensorView out_tangent;    // data may be null
+  const float* grad_lse;     // [batch, heads, n_queries], may be null
+  const float* lse_tangent;  // [batch, heads, n_queries], null as out_tangent is
+  float* row_statistics;     // [batch, heads, n_queries, 2], or 4 with tangents
   int32_t* counters;
   int64_t n_counters;
   int64_t n_rows;  // batch · n_queries · heads

@@ -30,7 +30,9 @@ enum class KernelKind : int32_t {
   backward,  // of sm90: all gradients in one pass
   backward_query,
   backward_key,
-  jvp,  // of sm80
+  jvp,  // of sm80, as the next two
+  double_backward_query,
+  double_backward_key,
   row_statistics,
   query_gradient,  // of sm90: sums of it, rounded
   rope,
@@ -42,7 +44,7 @@ struct KernelId {
   KernelKind kind;
   Precision precision;
   int head_dim;            // native; 0 where the kernel takes every size
-  KeyGradients gradients;  // of backward_key
+  KeyGradients gradients;  // of backward_key and double_backward_key
   Generation generation = Generation::sm80;
 
   // As in "forward_bfloat16_64" or "sm90_forward_bfloat16_64": the C++ function and its template arguments.

@@ -12,9 +12,19 @@
 namespace anchor_attention::cuda {
 
 std::string KernelId::name() const {
-  static constexpr const char* kKinds[] = {"forward",      "merge",      "backward",       "backward_query",
-                                           "backward_key", "jvp",        "row_statistics", "query_gradient",
-                                           "rope",         "rope_freqs", "upload"};
+  static constexpr const char* kKinds[] = {"forward",
+                                           "merge",
+                                           "backward",
+                                           "backward_query",
+                                           "backward_key",
+                                           "jvp",
+                                           "double_backward_query",
+                                           "double_backward_key",
+                                           "row_statistics",
+                                           "query_gradient",
+                                           "rope",
+                                           "rope_freqs",
+                                           "upload"};
   // A kind without a name would launch the kernel of another one.
   static_assert(std::size(kKinds) == static_cast<size_t>(KernelKind::upload) + 1);
   static constexpr const char* kPrecisions[] = {"bfloat16", "float16", "tf32", "tf32x3"};
@@ -24,7 +34,8 @@ std::string KernelId::name() const {
   if (kind == KernelKind::upload) return text;
   text += std::string("_") + kPrecisions[static_cast<int>(precision)];
   if (head_dim != 0) text += "_" + std::to_string(head_dim);
-  if (kind == KernelKind::backward_key) text += kGradients[static_cast<int>(gradients)];
+  if (kind == KernelKind::backward_key || kind == KernelKind::double_backward_key)
+    text += kGradients[static_cast<int>(gradients)];
   return text;
 }
 

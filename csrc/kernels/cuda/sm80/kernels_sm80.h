@@ -20,4 +20,10 @@ const void* backward_key_kernel();
 template <class P, int kHeadDim>
 const void* jvp_kernel();
 
+template <class P, int kHeadDim>
+const void* double_backward_query_kernel();
+
+template <class P, int kHeadDim, KeyGradients kGradients>
+const void* double_backward_key_kernel();
+
 }  // namespace anchor_attention::sm80

@@ -6,7 +6,7 @@
 
 #include "kernels/cuda/common/plan_parts.h"
 #include "kernels/cuda/common/recent_schedules.h"
-#include "kernels/cuda/sm80/kernel_params.h"
+#include "kernels/cuda/sm80/backward_plan.h"
 #include "key_ranges.h"
 
 namespace anchor_attention::sm80 {
@@ -60,6 +60,47 @@ void add_key_pass(Plan& plan, const AttentionParams& forward, const KernelId& ke
 }
 
 }  // namespace
+
+BackwardKernelParams backward_kernel_params(const AttentionBackwardParams& params) {
+  const AttentionParams& forward = params.forward;
+  BackwardKernelParams p{};
+  p.q = tensor_view(forward.q, forward.q_strides, forward.dtype);
+  p.k = tensor_view(forward.k, forward.k_strides, forward.dtype);
+  p.v = tensor_view(forward.v, forward.v_strides, forward.dtype);
+  p.grad_out = tensor_view(params.grad_out, params.grad_out_strides, forward.dtype);
+  p.key_mask = mask_bytes(forward);
+  p.grad_q = params.grad_q;
+  p.grad_k = params.grad_k;
+  p.grad_v = params.grad_v;
+  p.q_freqs_strides = forward.q_freqs_strides;
+  p.key_mask_batch_stride = forward.key_mask_batch_stride;
+  p.n_queries = static_cast<int32_t>(forward.n_queries);
+  p.n_keys = static_cast<int32_t>(forward.n_keys);
+  p.heads = static_cast<int32_t>(forward.heads);
+  p.kv_heads = static_cast<int32_t>(forward.kv_heads);
+  p.heads_per_kv_head = heads_per_kv_head(forward);
+  p.head_dim = static_cast<int32_t>(forward.head_dim);
+  p.value_dim = static_cast<int32_t>(forward.value_dim);
+  p.scale = static_cast<float>(forward.scale);
+  p.scale_log2 = static_cast<float>(forward.scale * kLog2E);
+  return p;
+}
+
+StatisticsKernelParams statistics_kernel_params(const AttentionBackwardParams& params, float* row_statistics) {
+  const AttentionParams& forward = params.forward;
+  StatisticsKernelParams p{};
+  p.out =
+      tensor_view(forward.out, contiguous_strides(forward.n_queries, forward.heads, forward.value_dim), forward.dtype);
+  p.grad_out = tensor_view(params.grad_out, params.grad_out_strides, forward.dtype);
+  p.lse = static_cast<const float*>(forward.lse);
+  p.grad_lse = static_cast<const float*>(params.grad_lse);
+  p.row_statistics = row_statistics;
+  p.n_rows = forward.batch * forward.heads * forward.n_queries;
+  p.n_queries = static_cast<int32_t>(forward.n_queries);
+  p.heads = static_cast<int32_t>(forward.heads);
+  p.value_dim = static_cast<int32_t>(forward.value_dim);
+  return p;
+}
 
 Plan plan_attention_forward(const AttentionParams& params, const PlanOptions& options, void* workspace_base) {
   check_sizes(params);
@@ -117,7 +158,6 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
   const int head_dim = native_head_dim(std::max(forward.head_dim, forward.value_dim));
   const int64_t n_rows = forward.batch * forward.heads * forward.n_queries;
   const TensorView q = tensor_view(forward.q, forward.q_strides, forward.dtype);
-  const TensorView grad_out = tensor_view(params.grad_out, params.grad_out_strides, forward.dtype);
   const Strides contiguous = contiguous_strides(forward.n_queries, forward.heads, forward.head_dim);
 
   Plan plan;
@@ -140,39 +180,12 @@ Plan plan_attention_backward(const AttentionBackwardParams& params, const PlanOp
                           forward.dtype};
   if (rotated && (wants_query_pass || wants_key_pass)) add_rope(plan, rotation, false);
 
-  BackwardKernelParams common{};
-  common.q = rotated ? tensor_view(grad_q, contiguous, forward.dtype) : q;
-  common.k = tensor_view(forward.k, forward.k_strides, forward.dtype);
-  common.v = tensor_view(forward.v, forward.v_strides, forward.dtype);
-  common.grad_out = grad_out;
-  common.row_statistics = workspace.take<float>(2 * n_rows);
-  common.key_mask = mask_bytes(forward);
+  BackwardKernelParams common = backward_kernel_params(params);
+  if (rotated) common.q = tensor_view(grad_q, contiguous, forward.dtype);
   common.grad_q = grad_q;
-  common.grad_k = params.grad_k;
-  common.grad_v = params.grad_v;
-  common.q_freqs_strides = forward.q_freqs_strides;
-  common.key_mask_batch_stride = forward.key_mask_batch_stride;
-  common.n_queries = static_cast<int32_t>(forward.n_queries);
-  common.n_keys = static_cast<int32_t>(forward.n_keys);
-  common.heads = static_cast<int32_t>(forward.heads);
-  common.kv_heads = static_cast<int32_t>(forward.kv_heads);
-  common.heads_per_kv_head = heads_per_kv_head(forward);
-  common.head_dim = static_cast<int32_t>(forward.head_dim);
-  common.value_dim = static_cast<int32_t>(forward.value_dim);
-  common.scale = static_cast<float>(forward.scale);
-  common.scale_log2 = static_cast<float>(forward.scale * kLog2E);
-
-  StatisticsKernelParams statistics{};
-  statistics.out =
-      tensor_view(forward.out, contiguous_strides(forward.n_queries, forward.heads, forward.value_dim), forward.dtype);
-  statistics.grad_out = grad_out;
-  statistics.lse = static_cast<const float*>(forward.lse);
-  statistics.grad_lse = static_cast<const float*>(params.grad_lse);
-  statistics.row_statistics = const_cast<float*>(common.row_statistics);
-  statistics.n_rows = n_rows;
-  statistics.n_queries = common.n_queries;
-  statistics.heads = common.heads;
-  statistics.value_dim = common.value_dim;
+  float* row_statistics = workspace.take<float>(2 * n_rows);
+  common.row_statistics = row_statistics;
+  StatisticsKernelParams statistics = statistics_kernel_params(params, row_statistics);
 
   if (wants_key_pass) {
     const TileShape shape = tile_shape(Pass::backward_key, precision, head_dim);

@@ -10,5 +10,6 @@ cuda::Plan plan_attention_backward(const AttentionBackwardParams& params, const 
                                    void* workspace);
 // out and lse are known, whatever the params say.
 cuda::Plan plan_attention_jvp(const AttentionJvpParams& params, const cuda::PlanOptions& options, void* workspace);
+cuda::Plan plan_attention_double_backward(const AttentionDoubleBackwardParams& params, void* workspace);
 
 }  // namespace anchor_attention::sm80
