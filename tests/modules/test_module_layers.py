@@ -275,6 +275,10 @@ def test_wrong_keywords_say_what_was_meant() -> None:
         make(SelfAnchorAttention, anchor_sufix="_a")
     with pytest.raises(TypeError, match=r"config must be an object with the fields .*got 32: give fields as keywords"):
         MixedAttention(32)
+    with pytest.raises(TypeError, match=r"MixedAttention needs num_heads$"):
+        MixedAttention(dim=DIM)
+    with pytest.raises(TypeError, match=r"MixedAttention needs hidden_dim, num_heads, which the TokenSpec lacks"):
+        MixedAttention(TokenSpec("a", 1))
     parameters = inspect.signature(SelfAnchorAttention).parameters
     assert {"hidden_dim", "num_heads", "branches", "use_rope", "qk_norm"} <= set(parameters)
     assert repr(parameters["bias"].default) == "True"

@@ -291,6 +291,11 @@ def resolve_config(
     dim = values.pop("dim", None)
     if dim is not None:
         values.setdefault("hidden_dim", dim)
+    required = [field.name for field in dataclasses.fields(config_class) if field.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        source = "" if config is None else f", which the {type(config).__name__} lacks"
+        raise TypeError(f"{_module_name(config_class)} needs {', '.join(missing)}{source}")
     return config_class(**values)
 
 
@@ -298,7 +303,11 @@ def _unknown_field(config_class: type[AttentionConfig], name: str, known: Sequen
     close = difflib.get_close_matches(name, known, n=1)
     meant = _OTHER_NAMES.get(name) or (close[0] if close else None)
     hint = f"did you mean {meant!r}?" if meant in known else f"the fields are {', '.join(known)}"
-    return f"{config_class.__name__.removesuffix('Config')} has no field {name!r}: {hint}"
+    return f"{_module_name(config_class)} has no field {name!r}: {hint}"
+
+
+def _module_name(config_class: type[AttentionConfig]) -> str:
+    return config_class.__name__.removesuffix("Config")
 
 
 def _check_positive_integer(field: str, value: Any) -> None:
