@@ -17,6 +17,8 @@ from tools.device_code import images
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "libanchor_attention.so"
+# In the folder, where `python -m benchmarks.gpu.variants` has made them.
+VARIANTS = "variants"
 MIB = 2**20
 # What decides whether to go on comes first; each fits a command of ten minutes.
 CALLS = (
@@ -47,6 +49,13 @@ def commands(folder: Path) -> list[str]:
     ]
 
 
+def sweep_command(folder: Path) -> str:
+    """What measures the libraries of variants, where the folder has them."""
+    where = f"$PWD/{folder.relative_to(ROOT)}" if folder.is_relative_to(ROOT) else folder
+    measure = f"PYTHONPATH=python python3 -m benchmarks.gpu.sweep {where}/{VARIANTS} --minutes 8"
+    return f"# which tiles and rules are best?\n{measure} --out ${{OUT:-build}}/sweep"
+
+
 def main() -> None:
     command = argparse.ArgumentParser(prog="python -m benchmarks.gpu.package", description=__doc__.splitlines()[0])
     command.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "gpu-package")
@@ -67,7 +76,10 @@ def main() -> None:
     )
     if carried + checkout > arguments.limit_mib * MIB:
         raise SystemExit("too large to travel")
-    print("\n" + "\n\n".join(commands(folder)))
+    calls = commands(folder)
+    if (folder / VARIANTS).is_dir():
+        calls.append(sweep_command(folder))
+    print("\n" + "\n\n".join(calls))
 
 
 if __name__ == "__main__":
