@@ -138,7 +138,8 @@ test-noether: build/.runnable build/.test-packages
 test-physicsnemo: build/.runnable build/.test-packages
 	folder="$$($(PYTHON) scripts/fetch_physicsnemo.py)" || { [ $$? = 3 ]; exit; }; \
 	  PYTHONPATH="python:$$folder:$$PYTHONPATH" \
-	  $(PYTHON) -m pytest -q -p no:cacheprovider tests/integrations/test_physicsnemo_package.py
+	  $(PYTHON) -m pytest -q -p no:cacheprovider tests/integrations/test_physicsnemo_package.py \
+    tests/integrations/test_physicsnemo_shards.py
 
 test-cuda-torch: build/.complete
 	PYTHONPATH=python $(PYTHON) -m tools.cuda_torch

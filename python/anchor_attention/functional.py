@@ -131,6 +131,24 @@ def anchor_attention(
         ValueError: If an argument is of another type, or a query reads no key where that is not allowed.
     """
     _check_types(table, q=q, k=k, v=v, q_freqs=q_freqs, k_freqs=k_freqs, key_mask=key_mask)
+    if not torch.compiler.is_compiling() and torch.overrides.has_torch_function((q, k, v)):
+        # A subclass of Tensor that stands for something else, as one part of a distributed tensor.
+        public: Any = anchor_attention
+        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = torch.overrides.handle_torch_function(
+            public,
+            (q, k, v),
+            q,
+            k,
+            v,
+            table,
+            q_freqs=q_freqs,
+            k_freqs=k_freqs,
+            key_mask=key_mask,
+            scale=scale,
+            allow_uncovered=allow_uncovered,
+            return_lse=return_lse,
+        )
+        return result
     if not allow_uncovered:
         table.check_coverage(q.shape[1])
     q, k, v = _autocast(q, k, v)

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -312,3 +312,33 @@ def test_masked_keys_may_hold_anything_on_either_back_end(backend: str) -> None:
     with use_backend(backend):
         for clean, poisoned in zip(run(0.0), run(torch.nan), strict=True):
             torch.testing.assert_close(poisoned, clean, rtol=0, atol=0)
+
+
+class _Recording(torch.Tensor):
+    """A subclass that sees which functions it is given to."""
+
+    calls: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.calls.append((func, args[3:], kwargs))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_subclass_of_tensor_is_asked_first(at: int) -> None:
+    tensors = list(_tensors())
+    expected = anchor_attention(*tensors, TABLE, scale=0.3)
+    tensors[at] = tensors[at].as_subclass(_Recording)
+    _Recording.calls.clear()
+    out = anchor_attention(*tensors, TABLE, scale=0.3)
+    function, (table,), options = _Recording.calls[0]
+    assert function is anchor_attention and table is TABLE and options["scale"] == 0.3
+    assert type(out) is _Recording and torch.equal(out.as_subclass(torch.Tensor), expected)
+
+
+def test_a_mode_for_torch_functions_sees_the_call_and_changes_nothing() -> None:
+    tensors = _tensors()
+    expected = anchor_attention(*tensors, TABLE)
+    with torch.device("cpu"):
+        assert torch.equal(anchor_attention(*tensors, TABLE), expected)

@@ -19,19 +19,17 @@ BATCH, TOKENS, HEADS = 0, 1, 2
 
 
 class _Cut(NamedTuple):
-    """Which part of an axis is here: of ``size``, cut into ``parts``, part number ``rank``."""
+    """Which part of an axis is here: of parts with these sizes, number ``rank``."""
 
-    size: int
-    parts: int = 1
+    sizes: tuple[int, ...]
     rank: int = 0
 
-    def bounds(self, rank: int) -> Slice:
-        """As torch cuts: all parts are as large as the first one, except at the end of the axis."""
-        step = -(-self.size // self.parts)
-        return min(rank * step, self.size), min((rank + 1) * step, self.size)
+    def own_bounds(self) -> Slice:
+        begin = sum(self.sizes[: self.rank])
+        return begin, begin + self.sizes[self.rank]
 
     def own(self) -> slice:
-        return slice(*self.bounds(self.rank))
+        return slice(*self.own_bounds())
 
 
 def dtensor_attention(
@@ -74,17 +72,56 @@ def dtensor_attention(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, DTensor):
             raise ValueError(f"{name} must be a DTensor, got {type(tensor).__name__}: anchor_attention takes tensors")
+    out = attention_of_shards(
+        q,
+        k,
+        v,
+        table,
+        q_freqs=q_freqs,
+        k_freqs=k_freqs,
+        key_mask=key_mask,
+        scale=scale,
+        case=case,
+        gather_limit=gather_limit,
+    )
+    shape = torch.Size((*q.shape[:3], v.shape[3]))
+    stride = (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
+    return DTensor.from_local(out, q.device_mesh, q.placements, run_check=False, shape=shape, stride=stride)
+
+
+def attention_of_shards(
+    q: Any,
+    k: Any,
+    v: Any,
+    table: KeyRangeTable,
+    *,
+    q_freqs: Tensor | None = None,
+    k_freqs: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    case: str | None = None,
+    gather_limit: int = GATHER_LIMIT,
+) -> Tensor:
+    """The rows of :func:`dtensor_attention` that are here, of DTensors or of tensors that know their own shards' sizes.
+
+    Raises:
+        ValueError: If the meshes of q, k and v differ, or the sharding is not one of these.
+    """
+    for name, tensor in (("k", k), ("v", v)):
         if tensor.device_mesh != q.device_mesh:
             raise ValueError(f"{name} must be on the mesh of q, {q.device_mesh}, got {tensor.device_mesh}")
     mesh = q.device_mesh
     shared = _shared_dimension(q, k, v)
-    batch, heads, queries = (_cut(q, axis) for axis in (BATCH, HEADS, TOKENS))
-    keys = _cut(k, TOKENS)
-    if q.shape[HEADS] % heads.parts or k.shape[HEADS] % heads.parts:
+    batch, queries, keys = _cut(q, BATCH), _cut(q, TOKENS), _cut(k, TOKENS)
+    if any(_cut(tensor, BATCH) != batch for tensor in (k, v)) or _cut(v, TOKENS) != keys:
+        _refuse(q, k, v)
+    if any(len(set(_cut(tensor, HEADS).sizes)) > 1 for tensor in (q, k, v)):
         _refuse(q, k, v)
     replicated = shared is not None and k.placements[shared] == Replicate()
     # For replicated keys `sharded_attention` sums the gradients itself.
-    local_q, local_k, local_v = q.to_local(), k.to_local(), v.to_local()
+    local_q: Tensor = q.to_local()
+    local_k: Tensor = k.to_local()
+    local_v: Tensor = v.to_local()
     q_freqs, k_freqs = (
         None if freqs is None else (freqs if freqs.shape[0] == 1 else freqs[batch.own()])[:, cut.own()]
         for freqs, cut in ((q_freqs, queries), (k_freqs, keys))
@@ -92,29 +129,24 @@ def dtensor_attention(
     mask = None if key_mask is None else key_mask[batch.own(), keys.own()]
     options: dict[str, Any] = {"q_freqs": q_freqs, "k_freqs": k_freqs, "key_mask": mask, "scale": scale}
     if shared is None:
-        out = anchor_attention(local_q, local_k, local_v, table, **options)
-    else:
-        processes = processes_of(mesh.get_group(shared))
-        counts = [keys.size] * processes.size
-        if not replicated:
-            counts = [end - begin for begin, end in map(keys.bounds, range(processes.size))]
-        sharded = ShardedTable.of_counts(
-            _rows(table, queries.bounds(queries.rank)),
-            counts,
-            processes,
-            key_shape(local_k, local_v),
-            masked=mask is not None,
-            reads=union([key for _, keys in table.entries() for key in keys]),
-            case="replicated" if replicated else case,
-            gather_limit=gather_limit,
-        )
-        out = sharded_attention(local_q, local_k, local_v, sharded, **options)
-    shape = torch.Size((*q.shape[:3], v.shape[3]))
-    stride = (shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1)
-    return DTensor.from_local(out, mesh, q.placements, run_check=False, shape=shape, stride=stride)
+        out: Tensor = anchor_attention(local_q, local_k, local_v, table, **options)
+        return out
+    processes = processes_of(mesh.get_group(shared))
+    sharded = ShardedTable.of_counts(
+        _rows(table, queries.own_bounds()),
+        list(keys.sizes) * processes.size if replicated else list(keys.sizes),
+        processes,
+        key_shape(local_k, local_v),
+        masked=mask is not None,
+        reads=union([key for _, keys in table.entries() for key in keys]),
+        case="replicated" if replicated else case,
+        gather_limit=gather_limit,
+    )
+    out = sharded_attention(local_q, local_k, local_v, sharded, **options)
+    return out
 
 
-def _shared_dimension(q: DTensor, k: DTensor, v: DTensor) -> int | None:
+def _shared_dimension(q: Any, k: Any, v: Any) -> int | None:
     """The dimension of the mesh on which q is sharded on the tokens, if there is one."""
     seen: set[int] = set()
     shared = None
@@ -134,7 +166,7 @@ def _shared_dimension(q: DTensor, k: DTensor, v: DTensor) -> int | None:
     return shared
 
 
-def _refuse(q: DTensor, k: DTensor, v: DTensor) -> NoReturn:
+def _refuse(q: Any, k: Any, v: Any) -> NoReturn:
     placements: tuple[tuple[Placement, ...], ...] = (q.placements, k.placements, v.placements)
     raise ValueError(
         "q, k and v must be sharded alike on batch or heads, which the mesh must divide, or q on tokens beside k and v "
@@ -142,12 +174,23 @@ def _refuse(q: DTensor, k: DTensor, v: DTensor) -> NoReturn:
     )
 
 
-def _cut(tensor: DTensor, axis: int) -> _Cut:
+def _cut(tensor: Any, axis: int) -> _Cut:
     mesh: DeviceMesh = tensor.device_mesh
     for dimension, place in enumerate(tensor.placements):
         if place == Shard(axis):
-            return _Cut(tensor.shape[axis], mesh.size(dimension), mesh.get_local_rank(dimension))
-    return _Cut(tensor.shape[axis])
+            return _Cut(_sizes(tensor, axis, dimension), mesh.get_local_rank(dimension))
+    return _Cut((tensor.shape[axis],))
+
+
+def _sizes(tensor: Any, axis: int, dimension: int) -> tuple[int, ...]:
+    """Of the parts of an axis along a dimension of the mesh."""
+    shapes = getattr(tensor._spec, "sharding_shapes", None)
+    if shapes is not None:
+        return tuple(shape[axis] for shape in shapes(dimension))
+    # A DTensor is cut as torch.chunk cuts: all parts are as large as the first one, except at the end of the axis.
+    size, parts = tensor.shape[axis], tensor.device_mesh.size(dimension)
+    step = -(-size // parts)
+    return tuple(min((rank + 1) * step, size) - min(rank * step, size) for rank in range(parts))
 
 
 def _rows(table: KeyRangeTable, own: Slice) -> KeyRangeTable:

@@ -17,8 +17,17 @@ from torch import nn
 from .acceleration import AccelerationReport, Family, Known, LeftModule, ReplacedModule, check_held, restore
 from .acceleration import replace_attention as _replace_attention
 from .fused_latent import ContextFlareForward, FlareForward
+from .physicsnemo_shards import register_shard_tensor
 
-__all__ = ["PACKAGES", "AccelerationReport", "LeftModule", "ReplacedModule", "accelerate", "restore"]
+__all__ = [
+    "PACKAGES",
+    "AccelerationReport",
+    "LeftModule",
+    "ReplacedModule",
+    "accelerate",
+    "register_shard_tensor",
+    "restore",
+]
 
 PACKAGES = ("physicsnemo",)
 
