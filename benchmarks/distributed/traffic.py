@@ -84,7 +84,8 @@ def table(
     everywhere = Traffic([2 * anchors] * processes, 2 * dim, 2)
     lines = [
         f"{processes:,} GPUs, {points:.0e} points, {anchors:.0e} anchors in each of two domains, {dim} wide, bfloat16; "
-        f"{flops / 1e12:.0f} TFLOP/s and {latency * 1e6:.0f} µs a message are assumed.".replace("e+0", "e"),
+        f"{flops / 1e12:.0f} TFLOP/s and {latency * 1e6:.0f} µs a message are".replace("e+0", "e"),
+        "assumed.",
         "",
         "| case | pass | sent by a process | " + " | ".join(f"at {rate / 1e9:.0f} GB/s" for rate in rates)
         + " | computes | what bounds |",

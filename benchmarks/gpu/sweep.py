@@ -3,7 +3,7 @@
 Usage: python -m benchmarks.gpu.sweep FOLDER --out FOLDER [--minutes 8]
 
 Each library runs in processes of its own, in two rounds of opposite order, so that a drift of the clock does not pass
-for a gain. Results are on disk after every process; what the time does not suffice for is left out. `sweep.md` has
+for a gain. Results are on disk after every process; what the time does not suffice for is left out. The table has
 every variant, the losing ones too, as time relative to the shipped choice.
 """
 

@@ -176,8 +176,11 @@ def test_tangents_on_every_device(name: str, dtype: torch.dtype, known: bool) ->
         if known:
             assert out.shape == lse.shape == (0,)
         else:
+            # Where products are of 16-bit types, the forward's probabilities are rounded to them, those here are not.
+            unit = torch.finfo(dtype).eps / 2 if dtype.itemsize == 2 else 0.0
             for found, wanted in zip((out, lse), s.on(device.memory).value(), strict=True):
-                torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+                atol = 1e-6 + unit * float(s.v.abs().max())
+                torch.testing.assert_close(found, wanted, rtol=2 * torch.finfo(dtype).eps, atol=atol)
 
 
 @pytest.mark.parametrize("device", DEVICES)
