@@ -9,11 +9,8 @@ compared in float32, relative to the largest value of their layer.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from anchor_attention import LatentAttention
 
-from .machine import environment, results_folder
-from .whole_models import compare, table, too_different, write
+from .whole_models import command_line, compare, run
 
 
 @dataclass(frozen=True)
@@ -97,27 +93,17 @@ def outputs_of(result: Tensor) -> dict[str, Tensor]:
 
 def main() -> None:
     """Runs the cases and writes the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = command_line(__doc__)
     parser.add_argument("--tokens", type=int, help="at most so many tokens, for a trial")
-    parser.add_argument("--results", type=Path, help="where to write; the device's folder in benchmarks/results")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    folder = arguments.results or results_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    about = environment(arguments.threads) | {"rounds": arguments.rounds}
-    records: list[dict[str, Any]] = []
-    for case in CASES:
+
+    def record(case: Case) -> dict[str, Any]:
         case = Case(min(case.tokens, arguments.tokens or case.tokens), case.latents, case.dim, case.heads)
         torch.manual_seed(0)
         plain, ours = build_blocks(case)
-        records.append(compare(case.name, plain, ours, partial(make_inputs, case), outputs_of, arguments.rounds))
-        print("\n".join(table(records[-1:])[2:]), flush=True)
-        # Every finished case is on disk at once: an interrupted run leaves what it measured.
-        write(folder, "latent_block", about, records, table(records))
-    if different := too_different(records):
-        sys.exit("\n".join(different))
+        return compare(case.name, plain, ours, partial(make_inputs, case), outputs_of, arguments.rounds)
+
+    run("latent_block", arguments, map(record, CASES))
 
 
 if __name__ == "__main__":

@@ -9,13 +9,11 @@ uniform.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.metadata
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +21,7 @@ from torch import Tensor, nn
 
 from anchor_attention.integrations.physicsnemo import accelerate
 
-from .machine import environment, results_folder
-from .whole_models import compare, table, too_different, write
+from .whole_models import command_line, compare, run
 
 try:
     from physicsnemo.models.flare import FLARE
@@ -99,30 +96,15 @@ def outputs_of(result: Tensor) -> dict[str, Tensor]:
 
 def main() -> None:
     """Runs the cases and writes the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = command_line(__doc__)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--case", action="append", help="a part of the names of cases; all by default")
     parser.add_argument("--points", type=int, help="at most so many points, for a trial")
-    parser.add_argument("--results", type=Path, help="where to write; the device's folder in benchmarks/results")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    folder = arguments.results or results_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    about = environment(arguments.threads) | {
-        "physicsnemo": importlib.metadata.version("nvidia-physicsnemo"),
-        "rounds": arguments.rounds,
-        "dim": arguments.dim,
-        "heads": arguments.heads,
-        "layers": arguments.layers,
-    }
-    records: list[dict[str, Any]] = []
-    for case in CASES:
-        if arguments.case and not any(part in case.name for part in arguments.case):
-            continue
+
+    def record(case: Case) -> dict[str, Any]:
         if arguments.points:
             points, geometry = (min(size, arguments.points) for size in (case.points, case.geometry))
             case = Case(f"{case.name} (at most {arguments.points})", points, geometry, case.latents, case.mixing)
@@ -130,13 +112,13 @@ def main() -> None:
         model = build_model(case, arguments.dim, arguments.heads, arguments.layers)
         fast = copy.deepcopy(model)
         report = accelerate(fast)
-        record = compare(case.name, model, fast, partial(make_inputs, case), outputs_of, arguments.rounds)
-        records.append(record | {"replaced": len(report.replaced), "left": [str(module) for module in report.left]})
-        print("\n".join(table([record])[2:]), flush=True)
-        # Every finished case is on disk at once: an interrupted run leaves what it measured.
-        write(folder, "physicsnemo_models", about, records, table(records))
-    if different := too_different(records):
-        sys.exit("\n".join(different))
+        found = compare(case.name, model, fast, partial(make_inputs, case), outputs_of, arguments.rounds)
+        return found | {"replaced": len(report.replaced), "left": [str(module) for module in report.left]}
+
+    chosen = (case for case in CASES if not arguments.case or any(part in case.name for part in arguments.case))
+    about = {name: getattr(arguments, name) for name in ("dim", "heads", "layers")}
+    version = {"physicsnemo": importlib.metadata.version("nvidia-physicsnemo")}
+    run("physicsnemo_models", arguments, map(record, chosen), version | about)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from anchor_attention.benchmark import interleave, ratios
 from anchor_attention.benchmark.timing import quartiles
 
-from .machine import listing
+from .machine import environment, listing, results_folder
 
 Inputs = dict[str, Any]
 # Of float32, relative to the largest value of a layer; gradients of parameters are sums over all tokens.
@@ -150,3 +152,37 @@ def write(folder: Path, name: str, about: dict[str, Any], records: list[dict[str
     """Writes raw JSON and the table, under a name."""
     (folder / f"{name}.json").write_text(json.dumps({"environment": about, "records": records}, indent=1) + "\n")
     (folder / f"{name}.md").write_text("\n".join([*listing(about), *table]) + "\n")
+
+
+def command_line(description: str | None) -> argparse.ArgumentParser:
+    """What all comparisons are asked for, described by the first line of a module's docstring."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, help="where to write; the device's folder in benchmarks/results")
+    return parser
+
+
+def run(
+    name: str, arguments: argparse.Namespace, records: Iterable[dict[str, Any]], about: dict[str, Any] | None = None
+) -> None:
+    """Prints records of :func:`compare` as they come and writes them; ends the program if results differ.
+
+    Args:
+        name: Of the files.
+        arguments: Of :func:`command_line`.
+        records: One for each case.
+        about: What the files say beside the machine and the rounds.
+    """
+    torch.set_num_threads(arguments.threads)
+    folder = arguments.results or results_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    head = environment(arguments.threads) | {"rounds": arguments.rounds} | (about or {})
+    done: list[dict[str, Any]] = []
+    for record in records:
+        done.append(record)
+        print("\n".join(table([record])[2:]), flush=True)
+        # Every finished case is on disk at once: an interrupted run leaves what it measured.
+        write(folder, name, head, done, table(done))
+    if different := too_different(done):
+        sys.exit("\n".join(different))

@@ -9,10 +9,7 @@ sizes alone, so values are padded with zeros and the result is cut. Writes raw J
 
 from __future__ import annotations
 
-import argparse
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +18,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from anchor_attention import KeyRangeTable, anchor_attention
 
-from .machine import environment, results_folder
-from .whole_models import compare, table, too_different, write
+from .whole_models import command_line, compare, run
 
 HEADS, HEAD_DIM, VALUE_DIM = 3, 72, 64
 # Queries and keys.
@@ -70,23 +66,13 @@ def measure(n_queries: int, n_keys: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Runs the cases and writes the results."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--results", type=Path, help="where to write; the device's folder in benchmarks/results")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    folder = arguments.results or results_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    about = environment(arguments.threads) | {"rounds": arguments.rounds}
-    records: list[dict[str, Any]] = []
-    for n_queries, n_keys in SIZES:
+    arguments = command_line(__doc__).parse_args()
+
+    def record(sizes: tuple[int, int]) -> dict[str, Any]:
         torch.manual_seed(0)
-        records.append(measure(n_queries, n_keys, arguments.rounds))
-        print("\n".join(table(records[-1:])[2:]), flush=True)
-        write(folder, "wide_keys", about, records, table(records))
-    if different := too_different(records):
-        sys.exit("\n".join(different))
+        return measure(*sizes, arguments.rounds)
+
+    run("wide_keys", arguments, map(record, SIZES))
 
 
 if __name__ == "__main__":

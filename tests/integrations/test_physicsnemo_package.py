@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.whole_models import compare, too_different
 from torch import Tensor, nn
 
 from anchor_attention.integrations.physicsnemo import accelerate, restore
@@ -140,5 +141,5 @@ def test_the_models_that_are_timed_stay_the_same(geometry: int) -> None:
     model = models.build_model(case, dim=16, heads=2, layers=2)
     fast = copy.deepcopy(model)
     assert len(accelerate(fast).replaced) == 2
-    record = models.compare(case.name, model, fast, lambda: models.make_inputs(case), models.outputs_of, rounds=1)
-    assert not models.too_different([record]), record["equality"]
+    record = compare(case.name, model, fast, lambda: models.make_inputs(case), models.outputs_of, rounds=1)
+    assert not too_different([record]), record["equality"]

@@ -109,6 +109,20 @@ def test_plain_keys_count_as_replicated(three: Processes) -> None:
         torch.testing.assert_close(grads, [k.grad, v.grad], rtol=0, atol=TOLERANCE)
 
 
+def plain_queries(mesh: Any) -> Any:
+    register_shard_tensor()
+    q, k, v, *_ = inputs()
+    out = anchor_attention(q, *(shard_of(tensor, mesh, [WHOLE], KEYS) for tensor in (k, v)), TABLE)
+    assert out.placements == (WHOLE,)
+    return out.to_local().detach()
+
+
+def test_plain_queries_count_as_replicated(three: Processes) -> None:
+    q, k, v, *_ = inputs()
+    for found in three.run(plain_queries, 2):
+        torch.testing.assert_close(found, anchor_attention(q, k, v, TABLE), rtol=0, atol=TOLERANCE)
+
+
 def refused(mesh: Any, q_places: Any, k_places: Any, options: dict[str, Any]) -> str:
     register_shard_tensor()
     q, k, v, *_ = inputs()

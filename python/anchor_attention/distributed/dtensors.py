@@ -186,7 +186,8 @@ def _sizes(tensor: Any, axis: int, dimension: int) -> tuple[int, ...]:
     """Of the parts of an axis along a dimension of the mesh."""
     shapes = getattr(tensor._spec, "sharding_shapes", None)
     if shapes is not None:
-        return tuple(shape[axis] for shape in shapes(dimension))
+        # Without an argument it keeps what the processes have told each other.
+        return tuple(shape[axis] for shape in shapes()[dimension])
     # A DTensor is cut as torch.chunk cuts: all parts are as large as the first one, except at the end of the axis.
     size, parts = tensor.shape[axis], tensor.device_mesh.size(dimension)
     step = -(-size // parts)

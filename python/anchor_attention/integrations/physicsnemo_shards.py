@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -26,10 +27,10 @@ def register_shard_tensor() -> None:
     shard_tensor = getattr(importlib.import_module("physicsnemo.domain_parallel"), "ShardTensor", None)
     if shard_tensor is None:
         raise ImportError("physicsnemo.domain_parallel has no ShardTensor for this version of torch")
-    shard_tensor.register_function_handler(anchor_attention, _attention)
+    shard_tensor.register_function_handler(anchor_attention, partial(_attention, shard_tensor))
 
 
-def _attention(function: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _attention(shard_tensor: Any, function: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     q, k, v, table = args
     options = dict(kwargs)
     if options.pop("return_lse"):
@@ -42,9 +43,10 @@ def _attention(function: Any, types: Any, args: tuple[Any, ...], kwargs: dict[st
         if hasattr(options[name], "placements"):
             options[name] = options[name].full_tensor()
     out = attention_of_shards(q, k, v, table, **options)
+    # A plain q among ShardTensors has come as a DTensor, which is replicated.
     shapes = {
-        dimension: tuple((*shape[:3], v.shape[3]) for shape in q._spec.sharding_shapes(dimension))
+        dimension: tuple((*shape[:3], v.shape[3]) for shape in q._spec.sharding_shapes()[dimension])
         for dimension, place in enumerate(q.placements)
         if place.is_shard()
     }
-    return type(q).from_local(out, q.device_mesh, q.placements, sharding_shapes=shapes)
+    return shard_tensor.from_local(out, q.device_mesh, q.placements, sharding_shapes=shapes)
