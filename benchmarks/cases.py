@@ -125,10 +125,14 @@ def time_case(
 ) -> dict[str, Any]:
     """Times ours and the peers round by round, and what each takes to get ready, which warms it up."""
     contest = make_contest(case, peers, device)
-    contestants: dict[str, Callable[[Any], object]] = dict(contest.contestants)
-    ready = {
-        name: interleave({name: run}, contest.make_inputs, rounds=1, warmup=0) for name, run in contestants.items()
-    }
+    contestants: dict[str, Callable[[Any], object]] = {}
+    not_supported, ready = dict(contest.not_supported), {}
+    for name, run in contest.contestants.items():
+        try:
+            ready[name] = interleave({name: run}, contest.make_inputs, rounds=1, warmup=0)
+            contestants[name] = run
+        except NotSupportedError as error:
+            not_supported[name] = str(error)
     ceilings: dict[str, float] = {}
     if case.level == OPERATION:
         if device == "cpu":
@@ -154,7 +158,7 @@ def time_case(
     return record | {
         "seconds": seconds,
         "time_relative_to_ours": {name: ratios(own, seconds[OURS]) for name, own in seconds.items()},
-        "not_supported": dict(contest.not_supported),
+        "not_supported": not_supported,
         "ready_seconds": {name: contest.build_seconds.get(name, 0.0) + own[name][0] for name, own in ready.items()},
     }
 
@@ -170,9 +174,13 @@ def relative_errors(case: Case, peers: tuple[str, ...] = (), device: str = "cpu"
         exact = contest.contestants[EXACT_PEER](inputs.to(torch.float64))
     errors = {}
     for name, contestant in contest.contestants.items():
+        try:
+            results = contestant(inputs)
+        except NotSupportedError:
+            continue
         found = [
             ((result.double() - truth).norm() / truth.norm()).item()
-            for result, truth in zip(contestant(inputs), exact, strict=True)
+            for result, truth in zip(results, exact, strict=True)
         ]
         errors[name] = {"out": found[0]} | ({} if case.passes == FORWARD else {"worst_gradient": max(found[1:])})
     return errors

@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from benchmarks.inputs import make_module, make_module_inputs, real_tokens, scor
 from benchmarks.memory import peak_above_inputs
 from benchmarks.peers import MODULE_PEERS, module_contestant
 from benchmarks.workloads import CPU, GPU, MODULES, Branch, Workload, by_name, shrink
+from torch.nn.attention.flex_attention import flex_attention
 
 import anchor_attention
 from anchor_attention import KeyRangeTable, TokenSpec
@@ -27,6 +29,7 @@ from anchor_attention.benchmark import (
     NotSupportedError,
     interleave,
     make_operation_inputs,
+    peers,
     prepare_peer,
     ratios,
     timing,
@@ -117,6 +120,30 @@ def test_flex_attention_does_the_same_work() -> None:
     else:
         pytest.skip("FlexAttention returns NaN in five runs of five")
     assert (peer - out).abs().max() <= bound
+
+
+def test_a_peer_that_does_not_compile_is_left_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held to AVX2, PyTorch 2.13 writes C++ for FlexAttention on some shapes that names an undeclared variable."""
+
+    def broken(graph: object, inputs: object) -> Callable[..., Any]:
+        raise RuntimeError("C++ compile error\nmain.cpp:1086:45: error: 'size' was not declared\nmain.cpp:1087: note")
+
+    monkeypatch.setattr(peers, "_compiled_flex_attention", lambda: torch.compile(flex_attention, backend=broken))
+    shape = ["--ranges", "0-64:0-64", "--peer", "eager", "--peer", "flex_attention", "--rounds", "2"]
+    benchmark_main(shape)
+    printed = capsys.readouterr().out
+    reason = "torch can't compile it here: 'size' was not declared"
+    assert f"flex_attention       not measured: {reason}\n" in printed
+    assert re.search(r"^eager +\d", printed, re.MULTILINE)
+    case = Case(OPERATION, shrink(by_name(CPU, ["wells"])[0], 16), "self", "float32", FORWARD)
+    record = time_case(case, rounds=1)
+    assert record["not_supported"]["flex_attention"] == reason
+    assert {OURS, "eager"} <= set(record["seconds"])
+    errors = relative_errors(case)
+    assert "flex_attention" not in errors
+    assert {OURS, "eager"} <= set(errors)
 
 
 def test_peers_that_cannot_take_part_say_why() -> None:
@@ -413,8 +440,8 @@ def test_command_line_reads_ranges() -> None:
 def test_command_line_times_a_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "times.json"
     shape = ["--group", "anchors=64", "--group", "queries=192", "--attend", "anchors,queries:anchors"]
-    peers = ["--peer", "eager", "--peer", "dense_mask", "--peer", "flex_attention"]
-    benchmark_main([*shape, *peers, "--pass", FORWARD_BACKWARD, "--rounds", "3", "--json", str(target)])
+    chosen = ["--peer", "eager", "--peer", "dense_mask", "--peer", "flex_attention"]
+    benchmark_main([*shape, *chosen, "--pass", FORWARD_BACKWARD, "--rounds", "3", "--json", str(target)])
     printed = capsys.readouterr().out
     assert "flex_attention       not measured: no backward on the CPU" in printed
     assert f"kernels for {anchor_attention.cpu_instruction_sets().selected}" in printed

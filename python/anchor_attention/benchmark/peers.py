@@ -22,7 +22,7 @@ MAX_DENSE_SCORES = 2**26
 
 
 class NotSupportedError(Exception):
-    """A peer does not support the case; the message says why."""
+    """A peer does not support the case, as is sometimes seen only in its first call; the message says why."""
 
 
 class PreparedPeer(NamedTuple):
@@ -55,7 +55,7 @@ def prepare_peer(
 
     Raises:
         ValueError: If there is no such peer.
-        NotSupportedError: If the peer can't do this.
+        NotSupportedError: If the peer can't do this. One that is compiled in its first call may say so only then.
     """
     if name not in PEERS:
         raise ValueError(f"name must be one of {sorted(PEERS)}, got {name!r}")
@@ -192,12 +192,19 @@ def _flex_attention(
         raise NotSupportedError("a mask per sample would need a mask program per call")
     if backward and device.type == "cpu":
         raise NotSupportedError("no backward on the CPU")
+    from torch._dynamo.exc import BackendCompilerFailed
+
     block_mask: Any = table.to_block_mask(n_queries, n_keys, device=device)
     flex_attention = _compiled_flex_attention()
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         queries, keys, values = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        return flex_attention(queries, keys, values, block_mask=block_mask).transpose(1, 2)
+        try:
+            return flex_attention(queries, keys, values, block_mask=block_mask).transpose(1, 2)
+        except BackendCompilerFailed as error:
+            # Of a C++ compiler's many lines, the one that tells.
+            reason = next((line for line in str(error).splitlines() if "error: " in line), str(error))
+            raise NotSupportedError(f"torch can't compile it here: {reason.rpartition('error: ')[2]}") from error
 
     return attention
 
