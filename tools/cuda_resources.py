@@ -21,14 +21,20 @@ from typing import Any
 
 import numpy as np
 
-from tools.cuda_plans import KernelRun, attention_backward, attention_forward, plans
+from tools.cuda_plans import (
+    KernelRun,
+    attention_backward,
+    attention_double_backward,
+    attention_forward,
+    attention_jvp,
+)
 from tools.cuda_plans.build import compile_command
-from tools.cuda_plans.run import instantiation_of, locate, to_storage
+from tools.cuda_plans.run import instantiation_of, to_storage
 from tools.ptx_emulator.launch import cuda_tool
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "emulated"
 ARCHITECTURES = (80, 90)
-PASSES = ("forward", "backward_query", "backward_key")
+PASSES = ("forward", "backward_query", "backward_key", "jvp", "double_backward_query", "double_backward_key")
 PRECISIONS = ("bfloat16", "float16", "tf32", "tf32x3")
 HEAD_DIMS = (32, 48, 64, 96, 128, 256)
 HOPPER_PRECISIONS = ("bfloat16", "float16")
@@ -93,37 +99,11 @@ def machine_code(cubin: Path) -> dict[str, Row]:
     return kernels
 
 
-def kernel_names(precision: str, head_dim: int) -> list[tuple[str, str]]:
-    """(pass, kernel name) of one precision and head size."""
-    names = [
-        ("forward", f"forward_{precision}_{head_dim}"),
-        ("backward_query", f"backward_query_{precision}_{head_dim}"),
-    ]
-    suffixes = ("",) if head_dim <= 128 else ("_key", "_value")
-    return names + [("backward_key", f"backward_key_{precision}_{head_dim}{suffix}") for suffix in suffixes]
-
-
-def resources(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[str, Row]:
-    """Per kernel: dynamic shared memory and, per architecture, what the compiler reports."""
-    files = [f"attention_{precision}_{head_dim}" for precision in PRECISIONS for head_dim in HEAD_DIMS]
-    jobs = [(file, architecture) for file in files for architecture in architectures]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        reports = dict(zip(jobs, pool.map(lambda job: compiled(*job), jobs), strict=True))
-    rows: dict[str, Row] = {}
-    for number, precision in enumerate(PRECISIONS):
-        for head_dim in HEAD_DIMS:
-            for kernel_pass, name in kernel_names(precision, head_dim):
-                row: Row = {"shared_bytes": plans().shared_bytes(PASSES.index(kernel_pass), number, head_dim)}
-                entry = locate(name)[1]
-                for architecture in architectures:
-                    report = reports[f"attention_{precision}_{head_dim}", architecture]
-                    row[f"sm_{architecture}"] = report[entry]
-                rows[name] = row
-    return rows
-
-
 def counted(precision: str, head_dim: int, generation: str = "sm80") -> dict[str, Row]:
-    """Per kernel, of one head, batch element and range: what the emulator counts."""
+    """Per kernel, of one head, batch element and range: its dynamic shared memory, and what the emulator counts.
+
+    Derivatives are those along one direction in which q, k and v all move.
+    """
     dtype = "float32" if precision.startswith("tf32") else precision
     rng = np.random.default_rng(0)
     q, grad_out = (to_storage(rng.normal(size=(1, N_QUERIES, 1, head_dim)), dtype) for _ in range(2))
@@ -133,6 +113,18 @@ def counted(precision: str, head_dim: int, generation: str = "sm80") -> dict[str
     allow_tf32 = precision == "tf32"
     out, lse = attention_forward(dtype, q, k, v, table, run=run, allow_tf32=allow_tf32)
     attention_backward(dtype, q, k, v, table, out, lse, grad_out, run=run, allow_tf32=allow_tf32)
+    # Hopper runs the same kernels of these, and none of them computes in a single TF32 product.
+    if generation == "sm80" and precision != "tf32":
+        along = {
+            f"{name}_tangent": to_storage(rng.normal(size=x.shape), dtype)
+            for name, x in {"q": q, "k": k, "v": v}.items()
+        }
+        _, _, out_tangents, lse_tangents = attention_jvp(
+            dtype, q, k, v, table, **{f"{name}s": tangent[None] for name, tangent in along.items()}, run=run
+        )
+        attention_double_backward(
+            dtype, q, k, v, table, out, lse, grad_out, out_tangents[0], lse_tangents[0], **along, run=run
+        )
     rows: dict[str, Row] = {}
     for name, _, counters in run.launches:
         if not name.startswith(PASSES if generation == "sm80" else generation):
@@ -141,6 +133,7 @@ def counted(precision: str, head_dim: int, generation: str = "sm80") -> dict[str
         loads = {op: counts for op, counts in shared.items() if op.startswith(("ldmatrix", "ld.shared"))}
         stores = {op: counts for op, counts in shared.items() if op not in loads}
         rows[name] = {
+            "shared_bytes": run.shared_bytes[name],
             "warp_instructions": totals["warps"],
             "mma": sum(counters.tensor_core().values()),
             "exp2": totals["ex2"],
@@ -152,7 +145,6 @@ def counted(precision: str, head_dim: int, generation: str = "sm80") -> dict[str
             "global_sectors": sum(counts["sectors"] for counts in memory.values()),
         }
         if generation != "sm80":
-            rows[name]["shared_bytes"] = run.shared_bytes[name]
             rows[name]["products"] = counters.tensor_core()
             rows[name]["bulk_bytes"] = totals["bulk_bytes"]
     return rows
@@ -224,7 +216,7 @@ def table_text(rows: dict[str, Row]) -> str:
         registers = " / ".join(str(report["registers"]) for report in reports)
         spilled = " / ".join(str(report["spill_bytes"]) for report in reports)
         lines.append(
-            f"| {name} | {row['shared_bytes'] / 1024:.1f} | {registers} | {spilled} "
+            f"| {name} | {counts['shared_bytes'] / 1024:.1f} | {registers} | {spilled} "
             f"| {counts['warp_instructions'] / counts['mma']:.2f} | {counts['exp2'] / (N_QUERIES * N_KEYS):.2f} "
             f"| {counts['shared_load_wavefronts'] / counts['mma']:.2f} | {counts['shared_load_conflicts']} "
             f"| {counts['global_sectors'] / counts['global_requests']:.1f} |"
@@ -233,12 +225,20 @@ def table_text(rows: dict[str, Row]) -> str:
 
 
 def kernel_rows() -> dict[str, Row]:
-    """Per sm_80 kernel: shared memory, what the compiler reports, and what the emulator counts."""
-    rows = resources()
-    for precision in PRECISIONS:
-        for head_dim in HEAD_DIMS:
-            for name, counts in counted(precision, head_dim).items():
-                rows[name]["emulated"] = counts
+    """Per sm_80 kernel: what the compiler reports for every architecture, and what the emulator counts."""
+    counts = {
+        name: row
+        for precision in PRECISIONS
+        for head_dim in HEAD_DIMS
+        for name, row in counted(precision, head_dim).items()
+    }
+    jobs = sorted({(instantiation_of(name)[0], architecture) for name in counts for architecture in ARCHITECTURES})
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        reports = dict(zip(jobs, pool.map(lambda job: compiled(*job), jobs), strict=True))
+    rows: dict[str, Row] = {}
+    for name, row in counts.items():
+        file, entry = instantiation_of(name)
+        rows[name] = {f"sm_{number}": reports[file, number][entry] for number in ARCHITECTURES} | {"emulated": row}
     return rows
 
 

@@ -11,25 +11,28 @@ from benchmarks.machine import RESULTS
 
 from anchor_attention.benchmark import ratios
 
-# About twice what a quiet machine shows. The lower quartile, so that neighbours on the machine can't fail it.
-BOUNDS = {
-    "operation forward": 3.0,
-    "functional forward": 2.2,
-    "functional forward, recorded": 2.7,
-    "functional forward + backward": 2.5,
-    "functional forward, rotated": 3.0,
-    "module forward": 3.4,
-    "module forward + backward": 3.7,
-}
+# How much dearer a call may be than on the committed machines. They were quiet, which a core beside one that runs tests
+# is not, and processors differ in how much longer Python's part takes them than torch's.
+MARGIN = 2.0
+
+
+def bounds() -> dict[str, float]:
+    """The largest committed quotient of each call, times the margin."""
+    committed = [json.loads(path.read_text())["microseconds"] for path in RESULTS.glob("*/*/host_overhead.json")]
+    return {
+        name: MARGIN * max(ratios(microseconds[name], microseconds[peer]).median for microseconds in committed)
+        for name, peer in host_overhead.PEERS.items()
+    }
 
 
 def test_calls_cost_little_beside_torch_own_attention() -> None:
+    """By their lower quartiles, so that a neighbour on the machine now and then can't fail it."""
     microseconds = host_overhead.measure(rounds=25, calls=60)
     quotients = {
         name: ratios(microseconds[name], microseconds[peer]).lower for name, peer in host_overhead.PEERS.items()
     }
-    assert quotients.keys() == BOUNDS.keys()
-    exceeded = {name: quotient for name, quotient in quotients.items() if quotient > BOUNDS[name]}
+    allowed = bounds()
+    exceeded = {name: (quotient, allowed[name]) for name, quotient in quotients.items() if quotient > allowed[name]}
     assert not exceeded
 
 
