@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from anchor_attention import KeyRangeTable, anchor_attention
+from anchor_attention import KeyRangeTable, anchor_attention, use_backend
 from tests.generators import AttentionInputs, strided
 from tests.oracle import assert_as_good_as_plain, fused, plain_attention, reference, run
 
@@ -60,6 +60,39 @@ def test_both_passes_match_float64_and_repeat(shape: str, dtype: torch.dtype, ma
     assert all(torch.equal(result[name], again[name]) for name in result)
     exact = run(reference, inputs.to(torch.float64))
     assert_as_good_as_plain(result, exact, run(plain_attention, inputs), inputs)
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("wanted", ["qkv", "q", "k", "v", "kv"])
+@pytest.mark.parametrize("n_queries", [40, 600])
+def test_gradients_reach_every_key_of_every_sample(n_queries: int, wanted: str) -> None:
+    """Where few queries read many keys, these come and go in pieces: whoever writes a piece also writes what lies
+    unread before and behind it, in samples of which a mask leaves nothing or the end alone, too. Samples of 600 queries
+    that read few keys are finished tile by tile, and so are those of which no key is left."""
+    batch, n_keys, heads, kv_heads, head_dim, value_dim = 3, 2900, 4, 2, 24, 40
+    table = KeyRangeTable.from_ranges([[3, 30], [3, 30], [30, 39]], [[500, 501], [520, 2200], [1000, 1400]])
+    if n_queries == 600:
+        table = KeyRangeTable.from_ranges([[3, 301], [301, 600]], [[500, 560], [20, 90]])
+    q = torch.randn(batch, n_queries, heads, head_dim, dtype=torch.float64)
+    k = torch.randn(batch, n_keys, kv_heads, head_dim, dtype=torch.float64)
+    v = torch.randn(batch, n_keys, kv_heads, value_dim, dtype=torch.float64)
+    key_mask = torch.ones(batch, n_keys, dtype=torch.bool)
+    key_mask[1] = False
+    key_mask[2, :1390] = False
+    leaves = {"q": q, "k": k, "v": v}
+    moving = [leaves[name].requires_grad_() for name in wanted]
+    grad_out = torch.randn(batch, n_queries, heads, value_dim, dtype=torch.float64)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(anchor_attention(q, k, v, table, key_mask=key_mask), moving, grad_out)
+
+    found, again = gradients(), gradients()
+    with use_backend("reference"):
+        exact = gradients()
+    for one, other, truth in zip(found, again, exact, strict=True):
+        assert torch.equal(one, other)
+        assert (one - truth).abs().max() <= 1e-12 * truth.abs().max()
+        assert torch.equal(one[1], torch.zeros_like(one[1]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -14,9 +14,6 @@
 namespace anchor_attention::cpu {
 namespace {
 
-// Keys of a tile are cut at multiples of this, which is one of every alignment.
-constexpr int64_t kCutKeys = 64;
-
 template <typename T>
 void fill_rows_without_keys(const AttentionParams& p, const Tile& tile) {
   const int64_t size = storage_size(p.dtype);

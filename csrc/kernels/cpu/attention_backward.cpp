@@ -31,7 +31,6 @@ std::vector<int32_t> split_keys(const CompactedKeys& keys, int64_t n) {
   const std::vector<KeyReaders> readers = count_readers(keys.table.view());
   double total = 0;
   for (const KeyReaders& r : readers) total += static_cast<double>(r.n_queries) * (r.end - r.begin);
-  constexpr int32_t kAlignment = 64;
   const auto n_rows = static_cast<int32_t>(keys.source.size());
   std::vector<int32_t> bounds{0};
   double done = 0;
@@ -39,7 +38,7 @@ std::vector<int32_t> split_keys(const CompactedKeys& keys, int64_t n) {
     const double n_queries = static_cast<double>(r.n_queries), area = n_queries * (r.end - r.begin);
     while (static_cast<int64_t>(bounds.size()) < n && done + area >= total * bounds.size() / n) {
       const int32_t key = r.begin + static_cast<int32_t>((total * bounds.size() / n - done) / n_queries);
-      bounds.push_back(std::max(bounds.back(), (key + kAlignment / 2) / kAlignment * kAlignment));
+      bounds.push_back(std::max(bounds.back(), (key + kCutKeys / 2) / kCutKeys * kCutKeys));
     }
     done += area;
   }
@@ -66,27 +65,16 @@ struct Steps {
   const AttentionDoubleBackwardParams* second;  // null: the first derivative
 };
 
-// The heads are processed one after the other, so that packed keys and sums exist for one of them at a time; or in
-// groups of as many as it takes to keep the threads busy between two barriers, of which there are as many as threads.
-// The last group's end is the last bound.
-std::vector<int64_t> group_planes(const AttentionParams& p, const WorkPlan& plan, const Steps& steps, int64_t threads) {
-  constexpr double kMinOperations = 5e7;  // of a thread between two barriers: some tenths of a millisecond
-  constexpr double kMinTiles = 8;         // of a thread: a tile more or less is then a small difference
-  const double min_operations = kMinOperations * static_cast<double>(threads * threads);
-  const double min_tiles = kMinTiles * static_cast<double>(threads);
-  const Planes all = plan.all_planes();
-  std::vector<int64_t> bounds{all.begin};
-  double operations = 0, tiles = 0;
-  for (int64_t plane = all.begin; plane + 1 < all.end; ++plane) {
-    operations += plan.operations({plane, plane + 1}, steps.operations_per_score);
-    tiles += static_cast<double>(p.n_queries * p.heads_per_kv_head()) / static_cast<double>(steps.tile_queries);
-    if (threads > 1 && (operations < min_operations || tiles < min_tiles)) continue;
-    bounds.push_back(plane + 1);
-    operations = tiles = 0;
-  }
-  if (all.end > all.begin) bounds.push_back(all.end);
-  return bounds;
-}
+// First rows of what exists for packed keys: those that tiles read, and sums that they add to. Null where not wanted.
+struct KeyRows {
+  char* k = nullptr;
+  char* k_stack = nullptr;  // k itself, where the two layouts are the same
+  char* v = nullptr;
+  char* k_tangent = nullptr;
+  char* v_tangent = nullptr;
+  char* grad_k = nullptr;
+  char* grad_v = nullptr;
+};
 
 // One call of the backward: its buffers, and its steps for a group of planes.
 class Backward {
@@ -107,29 +95,65 @@ class Backward {
         sums_in_place_(params.grad_q != nullptr &&
                        (p_.dtype == ScalarType::float32 || p_.dtype == ScalarType::float64)) {
     for (int64_t layout = 0; layout < plan_.n_layouts(); ++layout) {
-      key_bounds_.push_back(split_keys(plan_.keys(layout), threads_));
+      const CompactedKeys& keys = plan_.keys(layout);
+      key_bounds_.push_back(split_keys(keys, threads_));
+      has_copies_ = has_copies_ || keys.first_copy < static_cast<int32_t>(keys.source.size());
     }
   }
 
   void run() {
-    const std::vector<int64_t> bounds = group_planes(p_, plan_, steps_, threads_);
+    const std::vector<int64_t> bounds = group_planes();
     for (size_t i = 0; i + 1 < bounds.size() && !executor_.stops(); ++i) {
       planes_ = {bounds[i], bounds[i + 1]};
-      begin_group();
-      if (has_few_tiles()) {
-        run_slices();
-      } else if (has_few_keys()) {
-        run_apart();
-      } else {
-        for (int64_t phase = 0; phase < threads_; ++phase) run_phase(phase);
-      }
-      if (params_.grad_k != nullptr) unpack(grad_k_rows_.get(), sum_bytes_.k, p_.head_dim, p_.scale, params_.grad_k);
-      if (params_.grad_v != nullptr) unpack(grad_v_rows_.get(), sum_bytes_.v, p_.value_dim, 1.0, params_.grad_v);
-      if (wants_grad_q_) finish_grad_q();
+      tiles_ = plan_.tiles(planes_, steps_.tile_queries, /*with_gaps=*/false);
+      // For all groups what suits the first one, which has as much work as any.
+      if (i == 0) choose_order();
+      if (!finishes_tiles_) begin_grad_q();
+      order_ == Order::pieces ? run_in_pieces() : run_all_keys();
+      if (!finishes_tiles_) finish_grad_q();
     }
   }
 
  private:
+  // The heads are processed one after the other, so that packed keys and sums exist for one of them at a time; or in
+  // groups of as many as it takes to keep the threads busy between two barriers, of which there are as many as threads,
+  // or as take little memory. The last group's end is the last bound.
+  std::vector<int64_t> group_planes() const {
+    constexpr double kMinOperations = 5e7;  // of a thread between two barriers: some tenths of a millisecond
+    constexpr double kMinTiles = 8;         // of a thread: a tile more or less is then a small difference
+    constexpr int64_t kMinBytes = 1 << 20;
+    const double min_operations = kMinOperations * static_cast<double>(threads_ * threads_);
+    const double min_tiles = kMinTiles * static_cast<double>(threads_);
+    const int64_t n_queries = p_.n_queries * p_.heads_per_kv_head();
+    const int64_t grad_q_bytes =
+        wants_grad_q_ && !sums_in_place_ ? n_queries * p_.head_dim * working_size(p_.dtype) : 0;
+    const Planes all = plan_.all_planes();
+    std::vector<int64_t> bounds{all.begin};
+    double operations = 0, tiles = 0;
+    int64_t bytes = 0;
+    for (int64_t plane = all.begin; plane + 1 < all.end; ++plane) {
+      operations += plan_.operations({plane, plane + 1}, steps_.operations_per_score);
+      tiles += static_cast<double>(n_queries) / static_cast<double>(steps_.tile_queries);
+      KeyRows rows;
+      int64_t sums = 0;
+      bytes += lay_out(plan_.n_rows({plane, plane + 1}), nullptr, rows, sums) + grad_q_bytes;
+      if (threads_ > 1 && (operations < min_operations || tiles < min_tiles || bytes < kMinBytes)) continue;
+      bounds.push_back(plane + 1);
+      operations = tiles = 0;
+      bytes = 0;
+    }
+    if (all.end > all.begin) bounds.push_back(all.end);
+    return bounds;
+  }
+
+  enum class Order { pieces, apart, phases };
+
+  void choose_order() {
+    order_ = has_few_tiles() ? Order::pieces : has_few_keys() ? Order::apart : Order::phases;
+    // The gradient of a factor that heads share is summed in their order.
+    finishes_tiles_ = order_ == Order::apart && wants_grad_q_ && params_.grad_q_freqs == nullptr;
+  }
+
   // Sums of grad_q: in the gradient itself, or [heads of the planes, n_queries, head_dim].
   int64_t grad_q_stride() const { return sums_in_place_ ? p_.heads * p_.head_dim : p_.head_dim; }
 
@@ -145,70 +169,131 @@ class Backward {
     return base + row * p_.head_dim * working_size(p_.dtype);
   }
 
-  // Frees before it allocates, so that two groups never take memory at once.
-  static void reserve(Buffer& buffer, int64_t bytes) {
-    buffer.reset();
-    buffer = allocate(bytes);
+  // Memory that is fresh costs more to write than to compute on: all threads share it.
+  void zero(void* memory, int64_t bytes) const {
+    constexpr int64_t kBytesPerTask = 1 << 18;
+    for_each_task(executor_, threads_, (bytes + kBytesPerTask - 1) / kBytesPerTask, [&](int64_t i, int64_t) {
+      const int64_t begin = i * kBytesPerTask;
+      std::memset(static_cast<char*>(memory) + begin, 0, std::min(kBytesPerTask, bytes - begin));
+    });
   }
 
-  void begin_group() {
-    const int64_t n_rows = plan_.n_rows(planes_);
-    reserve(k_rows_, n_rows * row_bytes_.k);
-    reserve(v_rows_, n_rows * row_bytes_.v);
-    const PackedTensor k{p_.k, p_.k_strides, p_.head_dim, PackedLayout::rows, k_rows_.get(), row_bytes_.k};
-    const PackedTensor v{p_.v, p_.v_strides, p_.value_dim, PackedLayout::rows, v_rows_.get(), row_bytes_.v};
-    std::vector<PackedTensor> tensors{k, v};
-    if (plan_.has_stacks()) {
-      reserve(k_stack_, n_rows * row_bytes_.k);
-      tensors.push_back({p_.k, p_.k_strides, p_.head_dim, PackedLayout::stack, k_stack_.get(), row_bytes_.k});
-    }
-    const auto add_tangent = [&](const Tangents& tangent, int64_t head_dim, Buffer& rows, int64_t bytes) {
-      if (tangent.data == nullptr) return;
-      reserve(rows, n_rows * bytes);
-      tensors.push_back({tangent.data, tangent.strides, head_dim, PackedLayout::rows, rows.get(), bytes});
-    };
-    if (steps_.second != nullptr) {
-      add_tangent(steps_.second->k_tangent, p_.head_dim, k_tangent_rows_, row_bytes_.k);
-      add_tangent(steps_.second->v_tangent, p_.value_dim, v_tangent_rows_, row_bytes_.v);
-    }
-    pack(p_, plan_, planes_, steps_.packing, executor_, threads_, tensors);
-    const auto begin_sums = [&](const void* gradient, Buffer& rows, int64_t bytes) {
-      if (gradient == nullptr) return;
-      reserve(rows, bytes);
-      std::memset(rows.get(), 0, bytes);
-    };
-    begin_sums(params_.grad_k, grad_k_rows_, n_rows * sum_bytes_.k);
-    begin_sums(params_.grad_v, grad_v_rows_, n_rows * sum_bytes_.v);
-    if (wants_grad_q_ && !sums_in_place_) {
+  void begin_grad_q() {
+    if (!wants_grad_q_) return;
+    if (!sums_in_place_) {
       const int64_t bytes = n_heads() * p_.n_queries * p_.head_dim * working_size(p_.dtype);
-      reserve(grad_q_, bytes);
-      std::memset(grad_q_.get(), 0, bytes);
-    } else if (wants_grad_q_ && planes_.begin == 0) {
-      std::memset(params_.grad_q, 0, p_.batch * p_.n_queries * p_.heads * p_.head_dim * working_size(p_.dtype));
+      // Freed before it is allocated, so that two groups never take memory at once.
+      grad_q_.reset();
+      grad_q_ = allocate(bytes);
+      zero(grad_q_.get(), bytes);
+    } else if (planes_.begin == 0) {
+      zero(params_.grad_q, p_.batch * p_.n_queries * p_.heads * p_.head_dim * working_size(p_.dtype));
     }
-    tiles_ = plan_.tiles(planes_, steps_.tile_queries, /*with_gaps=*/false);
-    tile_bounds_ = split_tiles(tiles_, threads_);
+  }
+
+  // Lays out what exists for some keys from `base` on; returns the bytes it takes, without a base only these. The sums
+  // come last, the first of them at `sums`.
+  int64_t lay_out(int64_t n_rows, char* base, KeyRows& rows, int64_t& sums) const {
+    constexpr int64_t kCacheLine = 64;
+    int64_t bytes = 0;
+    const auto take = [&](bool is_wanted, int64_t row_bytes) -> char* {
+      if (!is_wanted) return nullptr;
+      char* const first = base == nullptr ? nullptr : base + bytes;
+      bytes += (n_rows * row_bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
+      return first;
+    };
+    rows.k = take(true, row_bytes_.k);
+    rows.k_stack = plan_.has_stacks() ? take(true, row_bytes_.k) : rows.k;
+    rows.v = take(true, row_bytes_.v);
+    if (steps_.second != nullptr) {
+      rows.k_tangent = take(steps_.second->k_tangent.data != nullptr, row_bytes_.k);
+      rows.v_tangent = take(steps_.second->v_tangent.data != nullptr, row_bytes_.v);
+    }
+    sums = bytes;
+    rows.grad_k = take(params_.grad_k != nullptr, sum_bytes_.k);
+    rows.grad_v = take(params_.grad_v != nullptr, sum_bytes_.v);
+    return bytes;
+  }
+
+  KeyRows from_row(KeyRows rows, int64_t row) const {
+    const auto skip = [row](char*& first, int64_t row_bytes) {
+      if (first != nullptr) first += row * row_bytes;
+    };
+    skip(rows.k, row_bytes_.k);
+    skip(rows.k_stack, row_bytes_.k);
+    skip(rows.v, row_bytes_.v);
+    skip(rows.k_tangent, row_bytes_.k);
+    skip(rows.v_tangent, row_bytes_.v);
+    skip(rows.grad_k, sum_bytes_.k);
+    skip(rows.grad_v, sum_bytes_.v);
+    return rows;
+  }
+
+  // What is packed into some rows.
+  std::vector<PackedTensor> packed_tensors(const KeyRows& rows) const {
+    std::vector<PackedTensor> tensors{
+        {p_.k, p_.k_strides, p_.head_dim, PackedLayout::rows, rows.k, row_bytes_.k},
+        {p_.v, p_.v_strides, p_.value_dim, PackedLayout::rows, rows.v, row_bytes_.v},
+    };
+    if (rows.k_stack != rows.k) {
+      tensors.push_back({p_.k, p_.k_strides, p_.head_dim, PackedLayout::stack, rows.k_stack, row_bytes_.k});
+    }
+    const auto add_tangent = [&](const Tangents& tangent, int64_t head_dim, char* first, int64_t row_bytes) {
+      tensors.push_back({tangent.data, tangent.strides, head_dim, PackedLayout::rows, first, row_bytes});
+    };
+    if (rows.k_tangent != nullptr) add_tangent(steps_.second->k_tangent, p_.head_dim, rows.k_tangent, row_bytes_.k);
+    if (rows.v_tangent != nullptr) add_tangent(steps_.second->v_tangent, p_.value_dim, rows.v_tangent, row_bytes_.v);
+    return tensors;
+  }
+
+  // All keys of the planes are packed first, and their sums written to the gradients last.
+  void run_all_keys() {
+    const int64_t n_rows = plan_.n_rows(planes_);
+    KeyRows rows;
+    int64_t sums = 0;
+    const int64_t bytes = lay_out(n_rows, nullptr, rows, sums);
+    // Freed before it is allocated, so that two groups never take memory at once.
+    key_rows_.reset();
+    key_rows_ = allocate(bytes);
+    lay_out(n_rows, key_rows_.get(), rows, sums);
+    pack(p_, plan_, planes_, steps_.packing, executor_, threads_, packed_tensors(rows));
+    zero(key_rows_.get() + sums, bytes - sums);
+    if (order_ == Order::apart) {
+      run_apart(rows);
+    } else {
+      tile_bounds_ = split_tiles(tiles_, threads_);
+      for (int64_t phase = 0; phase < threads_; ++phase) run_phase(rows, phase);
+    }
+    if (rows.grad_k != nullptr) unpack(rows.grad_k, sum_bytes_.k, p_.head_dim, p_.scale, params_.grad_k);
+    if (rows.grad_v != nullptr) unpack(rows.grad_v, sum_bytes_.v, p_.value_dim, 1.0, params_.grad_v);
   }
 
   // Every thread owns a run of query tiles. The keys are cut into as many slices as there are threads, and in phase s
   // thread t works on slice t + s: no two threads ever add to the same row, and every row is summed in a fixed order.
-  void run_phase(int64_t phase) {
+  void run_phase(const KeyRows& rows, int64_t phase) {
     executor_.run(threads_, [&](int64_t thread) {
       const int64_t slice = (thread + phase) % threads_;
       for (int64_t i = tile_bounds_[thread]; i < tile_bounds_[thread + 1] && !executor_.stops(); ++i) {
         const Tile& tile = tiles_[i];
-        run_tile(tile, slice_of(tile, slice), thread, grad_q_sums(tile.batch, tile.head, tile.q_begin), grad_q_stride(),
-                 grad_k_rows_.get(), grad_v_rows_.get());
+        run_tile(tile, slice_of(tile.batch, slice), thread, grad_q_sums(tile.batch, tile.head, tile.q_begin),
+                 grad_q_stride(), rows);
       }
     });
   }
 
-  // Too few tiles to give each thread about as many.
-  bool has_few_tiles() const { return threads_ > 1 && static_cast<int64_t>(tiles_.size()) < 4 * threads_; }
+  // Few to a thread, so that they can't be shared equally, or few that read a key, so that packing it is a large part.
+  // Gradients of copied keys are added to those of the keys, which may lie in another piece.
+  bool has_few_tiles() const {
+    const auto n_tiles = static_cast<int64_t>(tiles_.size());
+    return !has_copies_ && (n_tiles < 4 * threads_ || n_tiles <= 2 * (planes_.end - planes_.begin));
+  }
 
-  // Every thread owns a slice of the keys, which it processes with all tiles. Each has its own sums of grad_q, which
-  // are added in the order of the slices.
-  void run_slices() {
+  // Every thread owns a slice of the keys. It packs as many of them as stay in the cache together with their sums,
+  // processes them with all tiles, writes their gradients, and so on: no key comes from memory or goes there twice.
+  // Each thread has its own sums of grad_q, which are added in the order of the slices.
+  void run_in_pieces() {
+    const PieceSizes sizes = piece_sizes();
+    const Buffer pieces = allocate(threads_ * sizes.bytes);
     const int64_t tile_rows = steps_.tile_queries;
     const int64_t tile_bytes = tile_rows * p_.head_dim * working_size(p_.dtype);
     const auto n_tiles = static_cast<int64_t>(tiles_.size());
@@ -219,9 +304,36 @@ class Backward {
       return sums.get() + (slice * n_tiles + tile) * tile_bytes;
     };
     executor_.run(threads_, [&](int64_t thread) {
-      for (int64_t i = 0; i < n_tiles && !executor_.stops(); ++i) {
-        run_tile(tiles_[i], slice_of(tiles_[i], thread), thread, wants_grad_q_ ? sums_of(thread, i) : nullptr,
-                 p_.head_dim, grad_k_rows_.get(), grad_v_rows_.get());
+      KeyRows rows;
+      int64_t sum_offset = 0;
+      char* const base = pieces.get() + thread * sizes.bytes;
+      lay_out(sizes.rows, base, rows, sum_offset);
+      const std::vector<PackedTensor> tensors = packed_tensors(rows);
+      int64_t first_tile = 0;
+      for (int64_t plane = planes_.begin; plane < planes_.end; ++plane) {
+        const int64_t batch = plane / p_.kv_heads, kv_head = plane % p_.kv_heads;
+        const CompactedKeys& keys = plan_.keys(batch);
+        int64_t last_tile = first_tile;
+        while (last_tile < n_tiles && plane_of(tiles_[last_tile]) == plane) ++last_tile;
+        for (const Piece& piece : cut(slice_of(batch, thread), sizes.rows, first_tile, last_tile)) {
+          if (executor_.stops()) return;
+          const int64_t n_rows = piece.keys.end - piece.keys.begin;
+          for (const PackedTensor& tensor : tensors) {
+            steps_.packing.pack_rows({head_start(tensor.source, tensor.strides, batch, kv_head, p_.dtype),
+                                      tensor.strides.token, keys.source.data() + piece.keys.begin, n_rows,
+                                      tensor.head_dim, p_.dtype, tensor.layout, tensor.packed});
+          }
+          std::memset(base + sum_offset, 0, sizes.bytes - sum_offset);
+          for (const TileRanges& read : piece.tiles) {
+            run_tile(tiles_[read.tile], {0, static_cast<int32_t>(n_rows)}, read.ranges.data(),
+                     static_cast<int64_t>(read.ranges.size() / 2), thread,
+                     wants_grad_q_ ? sums_of(thread, read.tile) : nullptr, p_.head_dim, rows);
+          }
+          unpack_piece(batch, kv_head, piece.keys, rows);
+        }
+        // The gradients of keys of which none is read are the first thread's.
+        if (keys.source.empty() && thread == 0) unpack_piece(batch, kv_head, {0, 0}, rows);
+        first_tile = last_tile;
       }
     });
     if (!wants_grad_q_) return;
@@ -242,35 +354,50 @@ class Backward {
   }
 
   // Every thread owns a run of query tiles, and sums of all keys' gradients, which are added in the order of the
-  // threads.
-  void run_apart() {
+  // threads. A tile reads all its keys at once, so that its gradient can be finished while it is in the cache.
+  void run_apart(const KeyRows& rows) {
+    if (finishes_tiles_) tiles_ = plan_.tiles(planes_, steps_.tile_queries, /*with_gaps=*/true);
+    order_by_queries(tiles_);
+    tile_bounds_ = split_tiles(tiles_, threads_);
+    const int64_t tile_bytes = finishes_tiles_ ? steps_.tile_queries * p_.head_dim * working_size(p_.dtype) : 0;
+    const Buffer tile_sums = allocate(threads_ * tile_bytes);
     const int64_t n_rows = plan_.n_rows(planes_), k_bytes = n_rows * sum_bytes_.k, v_bytes = n_rows * sum_bytes_.v;
-    const Buffer k_sums = allocate(grad_k_rows_ ? (threads_ - 1) * k_bytes : 0);
-    const Buffer v_sums = allocate(grad_v_rows_ ? (threads_ - 1) * v_bytes : 0);
-    const auto sums_of = [](const Buffer& rows, const Buffer& sums, int64_t bytes, int64_t thread) -> char* {
-      return !rows ? nullptr : thread == 0 ? rows.get() : sums.get() + (thread - 1) * bytes;
+    const Buffer k_sums = allocate(rows.grad_k != nullptr ? (threads_ - 1) * k_bytes : 0);
+    const Buffer v_sums = allocate(rows.grad_v != nullptr ? (threads_ - 1) * v_bytes : 0);
+    const auto sums_of = [](char* first, const Buffer& sums, int64_t bytes, int64_t thread) {
+      return first == nullptr || thread == 0 ? first : sums.get() + (thread - 1) * bytes;
     };
     executor_.run(threads_, [&](int64_t thread) {
-      char* const grad_k = sums_of(grad_k_rows_, k_sums, k_bytes, thread);
-      char* const grad_v = sums_of(grad_v_rows_, v_sums, v_bytes, thread);
-      if (thread > 0 && grad_k != nullptr) std::memset(grad_k, 0, k_bytes);
-      if (thread > 0 && grad_v != nullptr) std::memset(grad_v, 0, v_bytes);
+      KeyRows own = rows;
+      own.grad_k = sums_of(rows.grad_k, k_sums, k_bytes, thread);
+      own.grad_v = sums_of(rows.grad_v, v_sums, v_bytes, thread);
+      if (thread > 0 && own.grad_k != nullptr) std::memset(own.grad_k, 0, k_bytes);
+      if (thread > 0 && own.grad_v != nullptr) std::memset(own.grad_v, 0, v_bytes);
+      char* const sums = tile_sums.get() + thread * tile_bytes;
       for (int64_t i = tile_bounds_[thread]; i < tile_bounds_[thread + 1] && !executor_.stops(); ++i) {
         const Tile& tile = tiles_[i];
-        const auto n_rows = static_cast<int32_t>(plan_.keys(tile.batch).source.size());
-        run_tile(tile, {0, n_rows}, thread, grad_q_sums(tile.batch, tile.head, tile.q_begin), grad_q_stride(), grad_k,
-                 grad_v);
+        const KeySlice all{0, static_cast<int32_t>(plan_.keys(tile.batch).source.size())};
+        if (!finishes_tiles_) {
+          run_tile(tile, all, thread, grad_q_sums(tile.batch, tile.head, tile.q_begin), grad_q_stride(), own);
+          continue;
+        }
+        std::memset(sums, 0, tile_bytes);
+        if (tile.group != kNoGroup) run_tile(tile, all, thread, sums, p_.head_dim, own);
+        const int64_t end = tile.q_begin + tile.n_queries;
+        for (int64_t token = tile.q_begin; token < end; token += steps_.tile_queries) {
+          finish_rows(tile.batch, tile.head, token, std::min(token + steps_.tile_queries, end), sums, p_.head_dim);
+        }
       }
     });
     for (int64_t thread = 1; thread < threads_; ++thread) {
-      const auto add = [&](const Buffer& rows, const Buffer& sums, int64_t bytes) {
-        if (!rows) return;
-        const char* source = sums_of(rows, sums, bytes, thread);
-        p_.dtype == ScalarType::float64 ? add_sums<double>(rows.get(), source, bytes)
-                                        : add_sums<float>(rows.get(), source, bytes);
+      const auto add = [&](char* first, const Buffer& sums, int64_t bytes) {
+        if (first == nullptr) return;
+        const char* source = sums_of(first, sums, bytes, thread);
+        p_.dtype == ScalarType::float64 ? add_sums<double>(first, source, bytes)
+                                        : add_sums<float>(first, source, bytes);
       };
-      add(grad_k_rows_, k_sums, k_bytes);
-      add(grad_v_rows_, v_sums, v_bytes);
+      add(rows.grad_k, k_sums, k_bytes);
+      add(rows.grad_v, v_sums, v_bytes);
     }
   }
 
@@ -295,43 +422,102 @@ class Backward {
     int32_t end;
   };
 
-  KeySlice slice_of(const Tile& tile, int64_t slice) const {
-    const std::vector<int32_t>& bounds = key_bounds_[plan_.layout(tile.batch)];
+  KeySlice slice_of(int64_t batch, int64_t slice) const {
+    const std::vector<int32_t>& bounds = key_bounds_[plan_.layout(batch)];
     return {bounds[slice], bounds[slice + 1]};
   }
 
-  // `grad_k` and `grad_v` are sums for the planes of the group, or null.
-  void run_tile(const Tile& tile, KeySlice slice, int64_t thread, char* grad_q, int64_t stride, char* grad_k,
-                char* grad_v) const {
+  int64_t plane_of(const Tile& tile) const { return tile.batch * p_.kv_heads + tile.head / p_.heads_per_kv_head(); }
+
+  struct PieceSizes {
+    int64_t rows;
+    int64_t bytes;
+  };
+
+  // What exists for the keys of a piece takes a part of the second-level cache, beside the scratch of a tile.
+  PieceSizes piece_sizes() const {
+    constexpr int64_t kBytes = 1 << 18, kSmallest = 1 << 10;
+    KeyRows rows;
+    int64_t sums = 0;
+    const int64_t n_rows = kBytes / (lay_out(kSmallest, nullptr, rows, sums) / kSmallest);
+    PieceSizes sizes{std::max<int64_t>(n_rows / kCutKeys, 1) * kCutKeys, 0};
+    sizes.bytes = lay_out(sizes.rows, nullptr, rows, sums);
+    return sizes;
+  }
+
+  // What a tile reads of a piece: ranges that count from its first key.
+  struct TileRanges {
+    int64_t tile;
+    std::vector<int32_t> ranges;
+  };
+
+  struct Piece {
+    KeySlice keys;
+    std::vector<TileRanges> tiles;
+  };
+
+  // Cuts a slice into pieces, in time linear in the ranges and in what they read.
+  std::vector<Piece> cut(KeySlice slice, int64_t piece_rows, int64_t first_tile, int64_t last_tile) const {
+    const auto step = static_cast<int32_t>(piece_rows);
+    std::vector<Piece> pieces;
+    for (int32_t begin = slice.begin; begin < slice.end; begin += step) {
+      pieces.push_back({{begin, std::min(begin + step, slice.end)}, {}});
+    }
+    for (int64_t i = first_tile; i < last_tile; ++i) {
+      const KeyRangeTableView table = plan_.keys(tiles_[i].batch).table.view();
+      for (int32_t r = table.k_offsets[tiles_[i].group]; r < table.k_offsets[tiles_[i].group + 1]; ++r) {
+        const int32_t end = std::min(table.k_ranges[2 * r + 1], slice.end);
+        for (int32_t begin = std::max(table.k_ranges[2 * r], slice.begin); begin < end;) {
+          Piece& piece = pieces[(begin - slice.begin) / step];
+          if (piece.tiles.empty() || piece.tiles.back().tile != i) piece.tiles.push_back({i, {}});
+          const int32_t cut_end = std::min(end, piece.keys.end);
+          piece.tiles.back().ranges.insert(piece.tiles.back().ranges.end(),
+                                           {begin - piece.keys.begin, cut_end - piece.keys.begin});
+          begin = cut_end;
+        }
+      }
+    }
+    return pieces;
+  }
+
+  // A tile against a slice of the planes' keys, whose rows these are.
+  void run_tile(const Tile& tile, KeySlice slice, int64_t thread, char* grad_q, int64_t stride,
+                const KeyRows& rows) const {
     const KeyRangeTableView table = plan_.keys(tile.batch).table.view();
     if (!reads_any(table, tile.group, slice.begin, slice.end)) return;
-    const int64_t row = plan_.first_row(planes_, tile.batch, tile.head);
+    const int32_t* const ranges = table.k_ranges + 2 * table.k_offsets[tile.group];
+    const int64_t n_ranges = table.k_offsets[tile.group + 1] - table.k_offsets[tile.group];
+    run_tile(tile, slice, ranges, n_ranges, thread, grad_q, stride,
+             from_row(rows, plan_.first_row(planes_, tile.batch, tile.head)));
+  }
+
+  // `rows`: of the keys that the ranges count.
+  void run_tile(const Tile& tile, KeySlice slice, const int32_t* ranges, int64_t n_ranges, int64_t thread, char* grad_q,
+                int64_t stride, const KeyRows& rows) const {
     const BackwardTile task{
         .params = &params_,
         .batch = tile.batch,
         .head = tile.head,
         .q_begin = tile.q_begin,
         .n_queries = tile.n_queries,
-        .k_rows = k_rows_.get() + row * row_bytes_.k,
-        .k_stack = (plan_.has_stacks() ? k_stack_ : k_rows_).get() + row * row_bytes_.k,
-        .v_rows = v_rows_.get() + row * row_bytes_.v,
-        .key_ranges = table.k_ranges + 2 * table.k_offsets[tile.group],
-        .n_key_ranges = table.k_offsets[tile.group + 1] - table.k_offsets[tile.group],
+        .k_rows = rows.k,
+        .k_stack = rows.k_stack,
+        .v_rows = rows.v,
+        .key_ranges = ranges,
+        .n_key_ranges = n_ranges,
         .key_begin = slice.begin,
         .key_end = slice.end,
         .grad_q = grad_q,
         .grad_q_stride = stride,
-        .grad_k_rows = grad_k == nullptr ? nullptr : grad_k + row * sum_bytes_.k,
-        .grad_v_rows = grad_v == nullptr ? nullptr : grad_v + row * sum_bytes_.v,
+        .grad_k_rows = rows.grad_k,
+        .grad_v_rows = rows.grad_v,
         .scratch = scratch_.get() + thread * scratch_bytes_,
     };
     if (steps_.second == nullptr) {
       steps_.products->backward_tile(task);
-      return;
+    } else {
+      vector_kernels_.derivatives.double_backward_tile({task, steps_.second, rows.k_tangent, rows.v_tangent});
     }
-    const auto rows_of = [&](const Buffer& rows, int64_t bytes) { return rows ? rows.get() + row * bytes : nullptr; };
-    vector_kernels_.derivatives.double_backward_tile(
-        {task, steps_.second, rows_of(k_tangent_rows_, row_bytes_.k), rows_of(v_tangent_rows_, row_bytes_.v)});
   }
 
   // The packed row of every token of a batch element, below 0 where it has none.
@@ -366,38 +552,72 @@ class Backward {
       std::vector<int32_t>& of_batch = packed_row[plane / p_.kv_heads];
       if (of_batch.empty()) of_batch = packed_rows(plane / p_.kv_heads);
     }
-    p_.dtype == ScalarType::float64 ? add_copies<double>(rows, row_bytes, packed_row)
-                                    : add_copies<float>(rows, row_bytes, packed_row);
+    if (has_copies_) {
+      p_.dtype == ScalarType::float64 ? add_copies<double>(rows, row_bytes, packed_row)
+                                      : add_copies<float>(rows, row_bytes, packed_row);
+    }
     const std::vector<RowTask> tasks = row_tasks(planes_, p_.kv_heads, [&](int64_t) { return p_.n_keys; });
-    const Strides strides{p_.n_keys * p_.kv_heads * head_dim, p_.kv_heads * head_dim, head_dim};
     for_each_task(executor_, threads_, static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {
       const RowTask& task = tasks[i];
-      char* first = const_cast<char*>(head_start(target, strides, task.batch, task.kv_head, p_.dtype));
-      vector_kernels_.unpack_rows({
-          .packed = rows + plan_.first_row(planes_, task.plane) * row_bytes,
-          .packed_row_bytes = row_bytes,
-          .indices = packed_row[task.batch].data() + task.begin,
-          .n_tokens = task.end - task.begin,
-          .head_dim = head_dim,
-          .scale = scale,
-          .dtype = p_.dtype,
-          .target = first + task.begin * strides.token * storage_size(p_.dtype),
-          .target_stride = strides.token,
-      });
+      unpack_tokens(task, packed_row[task.batch].data() + task.begin,
+                    rows + plan_.first_row(planes_, task.plane) * row_bytes, row_bytes, head_dim, scale, target);
+    });
+  }
+
+  // The sums of a piece. Its tokens are those up to the first one of the next piece, be they read or not.
+  void unpack_piece(int64_t batch, int64_t kv_head, KeySlice piece, const KeyRows& rows) const {
+    const std::vector<int32_t>& source = plan_.keys(batch).source;
+    const auto first_token = [&](size_t row) {
+      while (row < source.size() && source[row] < 0) ++row;
+      return row < source.size() ? source[row] : p_.n_keys;
+    };
+    const int64_t begin = piece.begin == 0 ? 0 : first_token(piece.begin), end = first_token(piece.end);
+    std::vector<int32_t> indices(end - begin, -1);
+    for (int32_t row = piece.begin; row < piece.end; ++row) {
+      if (source[row] >= 0) indices[source[row] - begin] = row - piece.begin;
+    }
+    const RowTask task{batch * p_.kv_heads + kv_head, batch, kv_head, begin, end};
+    if (rows.grad_k != nullptr) {
+      unpack_tokens(task, indices.data(), rows.grad_k, sum_bytes_.k, p_.head_dim, p_.scale, params_.grad_k);
+    }
+    if (rows.grad_v != nullptr) {
+      unpack_tokens(task, indices.data(), rows.grad_v, sum_bytes_.v, p_.value_dim, 1.0, params_.grad_v);
+    }
+  }
+
+  // `packed_row`: of each token of the task, among `rows`.
+  void unpack_tokens(const RowTask& task, const int32_t* packed_row, const char* rows, int64_t row_bytes,
+                     int64_t head_dim, double scale, void* target) const {
+    const Strides strides{p_.n_keys * p_.kv_heads * head_dim, p_.kv_heads * head_dim, head_dim};
+    char* const first = const_cast<char*>(head_start(target, strides, task.batch, task.kv_head, p_.dtype));
+    vector_kernels_.unpack_rows({
+        .packed = rows,
+        .packed_row_bytes = row_bytes,
+        .indices = packed_row,
+        .n_tokens = task.end - task.begin,
+        .head_dim = head_dim,
+        .scale = scale,
+        .dtype = p_.dtype,
+        .target = first + task.begin * strides.token * storage_size(p_.dtype),
+        .target_stride = strides.token,
     });
   }
 
   void finish_grad_q() const {
+    if (!wants_grad_q_) return;
     const int64_t tokens_per_task = 256;
     const int64_t n_tasks = (p_.n_queries + tokens_per_task - 1) / tokens_per_task;
     for_each_task(executor_, threads_, n_tasks, [&](int64_t i, int64_t) {
       const int64_t begin = i * tokens_per_task, end = std::min(begin + tokens_per_task, p_.n_queries);
       for (int64_t index = first_head(); index < first_head() + n_heads(); ++index) {
         const int64_t batch = index / p_.heads, head = index % p_.heads;
-        vector_kernels_.finish_grad_q(
-            {&params_, batch, head, begin, end, grad_q_sums(batch, head, begin), grad_q_stride()});
+        finish_rows(batch, head, begin, end, grad_q_sums(batch, head, begin), grad_q_stride());
       }
     });
+  }
+
+  void finish_rows(int64_t batch, int64_t head, int64_t begin, int64_t end, const char* sums, int64_t stride) const {
+    vector_kernels_.finish_grad_q({&params_, batch, head, begin, end, sums, stride});
   }
 
   const AttentionBackwardParams& params_;
@@ -414,12 +634,15 @@ class Backward {
   const bool wants_grad_q_;
   const bool sums_in_place_;
   std::vector<std::vector<int32_t>> key_bounds_;  // of each layout, n_threads + 1
+  bool has_copies_ = false;
+  Order order_ = Order::phases;
+  bool finishes_tiles_ = false;  // of grad_q, tile by tile
 
   // Of the group in work.
   Planes planes_{};
   std::vector<Tile> tiles_;
   std::vector<int64_t> tile_bounds_;
-  Buffer k_rows_, v_rows_, k_stack_, k_tangent_rows_, v_tangent_rows_, grad_k_rows_, grad_v_rows_, grad_q_;
+  Buffer key_rows_, grad_q_;
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include <new>
 #include <string>
+#include <tuple>
 
 #include "kernels/cpu/dispatch.h"
 
@@ -118,6 +119,12 @@ void WorkPlan::append_tiles(int64_t batch, int64_t head, int64_t tile_queries, b
     covered = table.q_ranges[2 * g + 1];
   }
   if (with_gaps) append(kNoGroup, covered, params_.n_queries, kRowsPerFillTask, 0);
+}
+
+void order_by_queries(std::vector<Tile>& tiles) {
+  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) {
+    return std::tie(a.batch, a.q_begin) < std::tie(b.batch, b.q_begin);
+  });
 }
 
 void pack(const AttentionParams& p, const WorkPlan& plan, Planes planes, const Packing& packing,

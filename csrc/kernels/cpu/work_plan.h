@@ -25,6 +25,9 @@ Buffer allocate(int64_t bytes);
 
 constexpr int32_t kNoGroup = -1;
 
+// Packed keys are divided at multiples of this, which is one of every alignment.
+constexpr int32_t kCutKeys = 64;
+
 struct Tile {
   int32_t batch;
   int32_t head;
@@ -90,6 +93,10 @@ class WorkPlan {
   std::vector<double> areas_;        // of each layout
   std::vector<int64_t> first_rows_;  // of each plane, and behind the last one
 };
+
+// Tiles of the same queries one after the other, whose heads lie side by side in memory; for keys that all fit into the
+// cache.
+void order_by_queries(std::vector<Tile>& tiles);
 
 // Runs body(task, thread) for every task, each thread taking the next one, until the call is cancelled.
 template <typename Body>
