@@ -1,4 +1,4 @@
-"""What the CUDA kernels take and do, without a GPU: registers and spills from the compiler, counts from the emulator.
+"""What the CUDA kernels take and do, without a GPU: registers and spills of the built library, counts of the emulator.
 
     python -m tools.cuda_resources
 
@@ -15,12 +15,13 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from anchor_attention._library import library_path
 from tools.cuda_plans import (
     KernelRun,
     attention_backward,
@@ -28,12 +29,12 @@ from tools.cuda_plans import (
     attention_forward,
     attention_jvp,
 )
-from tools.cuda_plans.build import compile_command
 from tools.cuda_plans.run import instantiation_of, to_storage
+from tools.device_code import Image, images, resource_usage
 from tools.ptx_emulator.launch import cuda_tool
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "emulated"
-ARCHITECTURES = (80, 90)
+TARGETS = ("sm_80", "sm_90")
 PASSES = ("forward", "backward_query", "backward_key", "jvp", "double_backward_query", "double_backward_key")
 PRECISIONS = ("bfloat16", "float16", "tf32", "tf32x3")
 HEAD_DIMS = (32, 48, 64, 96, 128, 256)
@@ -45,43 +46,36 @@ N_QUERIES, N_KEYS = 384, 768
 Row = dict[str, Any]
 
 
-def compiled(instantiation: str, architecture: int | str) -> dict[str, Row]:
-    """Registers, spilled bytes and static shared memory of each kernel of a file, by mangled name.
+@cache
+def built(target: str) -> dict[str, Row]:
+    """Registers and spilled bytes of each kernel in the library that is loaded, by mangled name.
 
-    For sm_90a also `serialised` (the compiler says that it does not overlap products) and what `machine_code` counts.
+    For sm_90a also what :func:`machine_code` counts.
+
+    Raises:
+        FileNotFoundError: If the library has no code for the target, having been built without nvcc.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "kernels.cubin"
-        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-        command = [*compile_command(instantiation), "-cubin", target, "-Xptxas=-v", "-o", output]
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
-        counts = machine_code(output) if architecture == "90a" else {}
+    found = [image for image in images(library_path()) if image.target == target]
+    if not found:
+        raise FileNotFoundError(f"{library_path()} has no code for {target}: build it with ANCHOR_ATTENTION_CUDA=ON")
     kernels: dict[str, Row] = {}
-    current: Row = {}
-    report = result.stderr
-    for line in report.splitlines():
-        if match := re.search(r"Compiling entry function '(\S+)'", line):
-            current = kernels[match[1]] = {"static_shared_bytes": 0}
-        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            current["spill_bytes"] = int(match[1]) + int(match[2])
-        elif match := re.search(r"Used (\d+) registers", line):
-            current["registers"] = int(match[1])
-            if shared := re.search(r"(\d+) bytes smem", line):
-                current["static_shared_bytes"] = int(shared[1])
-    for entry, row in kernels.items():
-        if entry in counts:
-            row |= counts[entry]
-            row["serialised"] = any("(C75" in line and entry in line for line in report.splitlines())
+    for image in found:
+        counts = machine_code(image) if target == "sm_90a" else {}
+        for name, usage in resource_usage(image).items():
+            kernels[name] = usage | counts.get(name, {})
     return kernels
 
 
-def machine_code(cubin: Path) -> dict[str, Row]:
-    """Static instructions of each kernel.
+def machine_code(image: Image) -> dict[str, Row]:
+    """Static instructions of each kernel of an image.
 
     `mufu_under_products` are the exponentials between the wait for the scores of a tile and the wait for the output of
     the tile before: they run while the tensor cores work.
     """
-    text = subprocess.run([cuda_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / image.name
+        cubin.write_bytes(image.data)
+        text = subprocess.run([cuda_tool("nvdisasm"), "-c", cubin], capture_output=True, text=True, check=True).stdout
     kernels: dict[str, Row] = {}
     for section in re.split(r"\n//-+ \.text\.", text)[1:]:
         instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][^;]*?) ;", section)
@@ -156,8 +150,7 @@ def hopper_rows() -> dict[str, Row]:
     for precision in HOPPER_PRECISIONS:
         for head_dim in HOPPER_HEAD_DIMS:
             for name, counts in counted(precision, head_dim, "sm90").items():
-                file, entry = instantiation_of(name)
-                rows[name] = {"sm_90a": compiled(file, "90a")[entry], "emulated": counts}
+                rows[name] = {"sm_90a": built("sm_90a")[instantiation_of(name)[1]], "emulated": counts}
     return rows
 
 
@@ -190,7 +183,7 @@ def hopper_table_text(rows: dict[str, Row]) -> str:
         products = 1000 * 2 * int(head_dim) * _PRODUCTS_PER_SCORE.get(kernel_pass, 0) / _PRODUCT_RATE
         conflicts = counts["shared_load_conflicts"] + counts["shared_store_conflicts"]
         lines.append(
-            f"| {name} | {counts['shared_bytes'] / 1024:.1f} | {report['registers']} | {report['spill_bytes']} "
+            f"| {name} | {counts['shared_bytes'] / 1024:.1f} | {report['registers']} | {report['spilled_bytes']} "
             f"| {report['hgmma']} "
             f"| {report.get('mufu_under_products', '–')} of {report['mufu']} | {products:.0f} "
             f"| {counts['exp2'] / _EXP2_RATE / scores:.0f} | {counts['warp_instructions'] / _ISSUE_RATE / scores:.0f} "
@@ -212,9 +205,9 @@ def table_text(rows: dict[str, Row]) -> str:
     ]
     for name, row in rows.items():
         counts = row["emulated"]
-        reports = [row[f"sm_{architecture}"] for architecture in ARCHITECTURES]
+        reports = [row[target] for target in TARGETS]
         registers = " / ".join(str(report["registers"]) for report in reports)
-        spilled = " / ".join(str(report["spill_bytes"]) for report in reports)
+        spilled = " / ".join(str(report["spilled_bytes"]) for report in reports)
         lines.append(
             f"| {name} | {counts['shared_bytes'] / 1024:.1f} | {registers} | {spilled} "
             f"| {counts['warp_instructions'] / counts['mma']:.2f} | {counts['exp2'] / (N_QUERIES * N_KEYS):.2f} "
@@ -225,20 +218,13 @@ def table_text(rows: dict[str, Row]) -> str:
 
 
 def kernel_rows() -> dict[str, Row]:
-    """Per sm_80 kernel: what the compiler reports for every architecture, and what the emulator counts."""
-    counts = {
-        name: row
-        for precision in PRECISIONS
-        for head_dim in HEAD_DIMS
-        for name, row in counted(precision, head_dim).items()
-    }
-    jobs = sorted({(instantiation_of(name)[0], architecture) for name in counts for architecture in ARCHITECTURES})
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        reports = dict(zip(jobs, pool.map(lambda job: compiled(*job), jobs), strict=True))
+    """Per sm_80 kernel: what the library's code for every architecture takes, and what the emulator counts."""
     rows: dict[str, Row] = {}
-    for name, row in counts.items():
-        file, entry = instantiation_of(name)
-        rows[name] = {f"sm_{number}": reports[file, number][entry] for number in ARCHITECTURES} | {"emulated": row}
+    for precision in PRECISIONS:
+        for head_dim in HEAD_DIMS:
+            for name, counts in counted(precision, head_dim).items():
+                entry = instantiation_of(name)[1]
+                rows[name] = {target: built(target)[entry] for target in TARGETS} | {"emulated": counts}
     return rows
 
 

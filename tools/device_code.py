@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from tools.ptx_emulator.launch import cuda_tool
 
 _MARK = b"anchor-attention-gpu-code"
 _ALIGNMENT = 64
@@ -60,3 +64,18 @@ def images(library: Path) -> list[Image]:
         begin = -(-(position + name_size - mark.start()) // _ALIGNMENT) * _ALIGNMENT + mark.start()
         found.append(Image(name.decode(), content[begin : begin + size]))
     return found
+
+
+def resource_usage(image: Image) -> dict[str, dict[str, int]]:
+    """What each kernel of an image of machine code takes, by mangled name: ``registers``, and ``spilled_bytes``, which
+    are those of a thread's stack and local memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / image.name
+        cubin.write_bytes(image.data)
+        command = [cuda_tool("cuobjdump"), "--dump-resource-usage", cubin]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    return {
+        name: {"registers": int(registers), "spilled_bytes": int(stack) + int(local)}
+        for name, registers, stack, local in found
+    }

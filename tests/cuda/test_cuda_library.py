@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 from tools.cuda_resources import RESULTS, machine_code
-from tools.device_code import Image, images
-from tools.ptx_emulator.launch import cuda_tool
+from tools.device_code import Image, images, resource_usage
 
 from anchor_attention._library import library_path
 
@@ -43,30 +40,16 @@ def test_drivers_of_cuda_12_load_the_code_that_its_assembler_made(code: list[Ima
     assert all(re.findall(rb"^\.version (\S+)", text, flags=re.MULTILINE) == [b"8.1"] for text in ptx)
 
 
-def test_no_kernel_spills(code: list[Image], tmp_path: Path) -> None:
-    spilling, n_kernels = {}, 0
-    for image in code:
-        if image.target == "ptx":
-            continue
-        cubin = tmp_path / image.name
-        cubin.write_bytes(image.data)
-        report = subprocess.run(
-            [cuda_tool("cuobjdump"), "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout
-        for name, stack, local in re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report):
-            n_kernels += 1
-            if (stack, local) != ("0", "0"):
-                spilling[name] = (stack, local)
-    assert n_kernels > 150
-    assert not spilling
+def test_no_kernel_spills(code: list[Image]) -> None:
+    usage = {(image.name, kernel): row for image in code if image.target != "ptx"
+             for kernel, row in resource_usage(image).items()}  # fmt: skip
+    assert len(usage) > 150
+    assert {key: row for key, row in usage.items() if row["spilled_bytes"]} == {}
 
 
-def test_exponentials_lie_between_the_products_of_hopper(code: list[Image], tmp_path: Path) -> None:
+def test_exponentials_lie_between_the_products_of_hopper(code: list[Image]) -> None:
     """The compiler orders instructions as it likes: nothing in the source keeps it from waiting first."""
-    for image in code:
-        if image.target == "sm_90a":
-            (tmp_path / image.name).write_bytes(image.data)
-    kernels = {name: row for cubin in tmp_path.glob("*.cubin") for name, row in machine_code(cubin).items()}
+    kernels = {name: row for image in code if image.target == "sm_90a" for name, row in machine_code(image).items()}
     committed = json.loads((RESULTS / "cuda_hopper.json").read_text())
     checked = 0
     for name, row in committed.items():
