@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .stages import ROOT, write_json
-from .variants import BACKWARD, FORWARD, HEAD_DIMS, VARIANTS
+from .variants import BACKWARD, FORWARD, HEAD_DIMS, LIBRARIES, VARIANTS
 
 SHIPPED = "shipped"
 # Tokens of one group that attends to itself, by size class; and few queries of many keys.
@@ -137,7 +137,7 @@ def sweep(libraries: Sequence[Path], out: Path, seconds: float, device: str, qui
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     command = argparse.ArgumentParser(prog="python -m benchmarks.gpu.sweep", description=__doc__.splitlines()[0])
-    command.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "gpu-package" / "variants")
+    command.add_argument("folder", nargs="?", type=Path, default=LIBRARIES)
     command.add_argument("--out", type=Path, default=ROOT / "build" / "sweep")
     command.add_argument("--minutes", type=float, default=8.0)
     command.add_argument("--device", default="cuda", choices=("cuda", "cpu"))

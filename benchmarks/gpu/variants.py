@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TREES = ROOT / "build" / "variants"
+LIBRARIES = ROOT / "build" / "gpu-variants"
 LIBRARY = "libanchor_attention.so"
 HEAD_DIMS = (64, 128)
 FORWARD, BACKWARD = "forward", "backward"
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     names = [variant.name for variant in VARIANTS]
     command = argparse.ArgumentParser(prog="python -m benchmarks.gpu.variants", description=__doc__.splitlines()[0])
-    command.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "gpu-package" / "variants")
+    command.add_argument("folder", nargs="?", type=Path, default=LIBRARIES)
     command.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     command.add_argument("--check", action="store_true", help="run them on the emulator instead")
     options = command.parse_args(arguments)

@@ -82,21 +82,35 @@ def test_sanitizers_check_our_kernels_only(option: str, tmp_path: Path) -> None:
     assert command_line.sanitizer_filter(str(sanitizer)) == expected
 
 
-def test_what_travels_to_a_gpu_is_the_library_and_must_be_small(
+def test_what_travels_to_a_gpu_is_compressed_and_must_be_small(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = b"upload.sm_80.cubin"
     mark = b"anchor-attention-gpu-code" + len(image).to_bytes(8, "little") + (4).to_bytes(8, "little") + image
     library = tmp_path / "library.so"
     library.write_bytes(bytes(64) + mark.ljust(128, b"\0") + b"code" + bytes(100_000))
-    command = ["package", str(tmp_path / "folder"), "--library", str(library)]
+    folder, variants = tmp_path / "folder", tmp_path / "variants"
+    command = ["package", str(folder), "--library", str(library), "--variants", str(variants)]
     monkeypatch.setattr(sys, "argv", command)
     package.main()
     printed = capsys.readouterr().out
     assert "GPU code for sm_80" in printed and printed.count("python3 -m benchmarks.gpu --minutes") == 3
-    assert printed.count(f"LIBRARY={tmp_path}/folder/{package.LIBRARY} ") == 3
-    assert f"LIBRARY=$PWD/build/gpu-package/{package.LIBRARY} " in package.commands(ROOT / "build" / "gpu-package")[0]
-    assert (tmp_path / "folder" / package.LIBRARY).read_bytes() == library.read_bytes()
+    assert printed.count(f"LIBRARY={folder}/{package.LIBRARY} ") == 3
+    assert "sweep" not in printed
+    variants.mkdir()
+    (variants / "shipped.so").write_bytes(b"shipped")
+    package.main()
+    (measure,) = (line for line in capsys.readouterr().out.splitlines() if "benchmarks.gpu.sweep" in line)
+    # What a command does before it starts to measure.
+    unpack, _, rest = measure.partition(" && ")
+    subprocess.run(unpack.replace("python3", sys.executable, 1), shell=True, check=True)
+    assert f" {folder}/variants " in rest
+    assert (folder / package.LIBRARY).read_bytes() == library.read_bytes()
+    assert (folder / "variants" / "shipped.so").read_bytes() == b"shipped"
+    assert (folder / package.ARCHIVE).stat().st_size < library.stat().st_size / 10
+    in_checkout = package.commands(ROOT / "build" / "gpu-package")[0]
+    assert f"-e $PWD/build/gpu-package/{package.ARCHIVE} $PWD/build/gpu-package && " in in_checkout
+    assert f"LIBRARY=$PWD/build/gpu-package/{package.LIBRARY} " in in_checkout
     known = {stage.name for stage in command_line.suite("cuda", False, tmp_path)}
     assert {name for _, stages, _ in package.CALLS for name in stages.split()} <= known
     monkeypatch.setattr(sys, "argv", [*command, "--limit-mib", "1"])
