@@ -18,7 +18,9 @@ set(CPU_SOURCES
   csrc/kernels/cpu/attention.cpp
   csrc/kernels/cpu/attention_backward.cpp
   csrc/kernels/cpu/attention_jvp.cpp
+  csrc/kernels/cpu/backward_division.cpp
   csrc/kernels/cpu/dispatch.cpp
+  csrc/kernels/cpu/key_rows.cpp
   csrc/kernels/cpu/rope.cpp
   csrc/kernels/cpu/work_plan.cpp)
 

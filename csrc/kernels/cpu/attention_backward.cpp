@@ -4,56 +4,14 @@
 #include <vector>
 
 #include "kernels/cpu/attention.h"
+#include "kernels/cpu/backward_division.h"
 #include "kernels/cpu/dispatch.h"
 #include "kernels/cpu/kernel_table.h"
+#include "kernels/cpu/key_rows.h"
 #include "kernels/cpu/work_plan.h"
 
 namespace anchor_attention::cpu {
 namespace {
-
-// Splits the tiles into `n` runs of about equal work: n + 1 bounds.
-std::vector<int64_t> split_tiles(const std::vector<Tile>& tiles, int64_t n) {
-  double total = 0;
-  for (const Tile& tile : tiles) total += static_cast<double>(tile.n_queries) * tile.n_keys;
-  std::vector<int64_t> bounds{0};
-  double done = 0;
-  for (size_t i = 0; i < tiles.size(); ++i) {
-    done += static_cast<double>(tiles[i].n_queries) * tiles[i].n_keys;
-    while (static_cast<int64_t>(bounds.size()) < n && done >= total * bounds.size() / n) bounds.push_back(i + 1);
-  }
-  bounds.resize(n + 1, static_cast<int64_t>(tiles.size()));
-  bounds.back() = static_cast<int64_t>(tiles.size());
-  return bounds;
-}
-
-// Splits the packed keys of one batch element into `n` slices that about equally many queries read: n + 1 bounds.
-std::vector<int32_t> split_keys(const CompactedKeys& keys, int64_t n) {
-  const std::vector<KeyReaders> readers = count_readers(keys.table.view());
-  double total = 0;
-  for (const KeyReaders& r : readers) total += static_cast<double>(r.n_queries) * (r.end - r.begin);
-  const auto n_rows = static_cast<int32_t>(keys.source.size());
-  std::vector<int32_t> bounds{0};
-  double done = 0;
-  for (const KeyReaders& r : readers) {
-    const double n_queries = static_cast<double>(r.n_queries), area = n_queries * (r.end - r.begin);
-    while (static_cast<int64_t>(bounds.size()) < n && done + area >= total * bounds.size() / n) {
-      const int32_t key = r.begin + static_cast<int32_t>((total * bounds.size() / n - done) / n_queries);
-      bounds.push_back(std::max(bounds.back(), (key + kCutKeys / 2) / kCutKeys * kCutKeys));
-    }
-    done += area;
-  }
-  bounds.resize(n + 1, n_rows);
-  for (int32_t& bound : bounds) bound = std::min(bound, n_rows);
-  bounds.back() = n_rows;
-  return bounds;
-}
-
-bool reads_any(const KeyRangeTableView& table, int32_t group, int32_t key_begin, int32_t key_end) {
-  for (int32_t r = table.k_offsets[group]; r < table.k_offsets[group + 1]; ++r) {
-    if (table.k_ranges[2 * r] < key_end && table.k_ranges[2 * r + 1] > key_begin) return true;
-  }
-  return false;
-}
 
 // What a call does with a tile, of the first derivative or of the second one.
 struct Steps {
@@ -63,17 +21,6 @@ struct Steps {
   double operations_per_score;
   const ProductKernels* products;               // of the first derivative
   const AttentionDoubleBackwardParams* second;  // null: the first derivative
-};
-
-// First rows of what exists for packed keys: those that tiles read, and sums that they add to. Null where not wanted.
-struct KeyRows {
-  char* k = nullptr;
-  char* k_stack = nullptr;  // k itself, where the two layouts are the same
-  char* v = nullptr;
-  char* k_tangent = nullptr;
-  char* v_tangent = nullptr;
-  char* grad_k = nullptr;
-  char* grad_v = nullptr;
 };
 
 // One call of the backward: its buffers, and its steps for a group of planes.
@@ -87,7 +34,7 @@ class Backward {
         steps_(steps),
         plan_(p_, steps.packing),
         threads_(plan_.threads(executor, steps.operations_per_score)),
-        row_bytes_(plan_.packed_row_bytes()),
+        layout_(params, steps.second, plan_),
         sum_bytes_(plan_.sum_row_bytes()),
         scratch_bytes_(steps.scratch_bytes),
         scratch_(allocate(threads_ * scratch_bytes_)),
@@ -134,9 +81,7 @@ class Backward {
     for (int64_t plane = all.begin; plane + 1 < all.end; ++plane) {
       operations += plan_.operations({plane, plane + 1}, steps_.operations_per_score);
       tiles += static_cast<double>(n_queries) / static_cast<double>(steps_.tile_queries);
-      KeyRows rows;
-      int64_t sums = 0;
-      bytes += lay_out(plan_.n_rows({plane, plane + 1}), nullptr, rows, sums) + grad_q_bytes;
+      bytes += layout_.bytes(plan_.n_rows({plane, plane + 1})) + grad_q_bytes;
       if (threads_ > 1 && (operations < min_operations || tiles < min_tiles || bytes < kMinBytes)) continue;
       bounds.push_back(plane + 1);
       operations = tiles = 0;
@@ -191,72 +136,15 @@ class Backward {
     }
   }
 
-  // Lays out what exists for some keys from `base` on; returns the bytes it takes, without a base only these. The sums
-  // come last, the first of them at `sums`.
-  int64_t lay_out(int64_t n_rows, char* base, KeyRows& rows, int64_t& sums) const {
-    constexpr int64_t kCacheLine = 64;
-    int64_t bytes = 0;
-    const auto take = [&](bool is_wanted, int64_t row_bytes) -> char* {
-      if (!is_wanted) return nullptr;
-      char* const first = base == nullptr ? nullptr : base + bytes;
-      bytes += (n_rows * row_bytes + kCacheLine - 1) / kCacheLine * kCacheLine;
-      return first;
-    };
-    rows.k = take(true, row_bytes_.k);
-    rows.k_stack = plan_.has_stacks() ? take(true, row_bytes_.k) : rows.k;
-    rows.v = take(true, row_bytes_.v);
-    if (steps_.second != nullptr) {
-      rows.k_tangent = take(steps_.second->k_tangent.data != nullptr, row_bytes_.k);
-      rows.v_tangent = take(steps_.second->v_tangent.data != nullptr, row_bytes_.v);
-    }
-    sums = bytes;
-    rows.grad_k = take(params_.grad_k != nullptr, sum_bytes_.k);
-    rows.grad_v = take(params_.grad_v != nullptr, sum_bytes_.v);
-    return bytes;
-  }
-
-  KeyRows from_row(KeyRows rows, int64_t row) const {
-    const auto skip = [row](char*& first, int64_t row_bytes) {
-      if (first != nullptr) first += row * row_bytes;
-    };
-    skip(rows.k, row_bytes_.k);
-    skip(rows.k_stack, row_bytes_.k);
-    skip(rows.v, row_bytes_.v);
-    skip(rows.k_tangent, row_bytes_.k);
-    skip(rows.v_tangent, row_bytes_.v);
-    skip(rows.grad_k, sum_bytes_.k);
-    skip(rows.grad_v, sum_bytes_.v);
-    return rows;
-  }
-
-  // What is packed into some rows.
-  std::vector<PackedTensor> packed_tensors(const KeyRows& rows) const {
-    std::vector<PackedTensor> tensors{
-        {p_.k, p_.k_strides, p_.head_dim, PackedLayout::rows, rows.k, row_bytes_.k},
-        {p_.v, p_.v_strides, p_.value_dim, PackedLayout::rows, rows.v, row_bytes_.v},
-    };
-    if (rows.k_stack != rows.k) {
-      tensors.push_back({p_.k, p_.k_strides, p_.head_dim, PackedLayout::stack, rows.k_stack, row_bytes_.k});
-    }
-    const auto add_tangent = [&](const Tangents& tangent, int64_t head_dim, char* first, int64_t row_bytes) {
-      tensors.push_back({tangent.data, tangent.strides, head_dim, PackedLayout::rows, first, row_bytes});
-    };
-    if (rows.k_tangent != nullptr) add_tangent(steps_.second->k_tangent, p_.head_dim, rows.k_tangent, row_bytes_.k);
-    if (rows.v_tangent != nullptr) add_tangent(steps_.second->v_tangent, p_.value_dim, rows.v_tangent, row_bytes_.v);
-    return tensors;
-  }
-
   // All keys of the planes are packed first, and their sums written to the gradients last.
   void run_all_keys() {
-    const int64_t n_rows = plan_.n_rows(planes_);
-    KeyRows rows;
-    int64_t sums = 0;
-    const int64_t bytes = lay_out(n_rows, nullptr, rows, sums);
+    const int64_t n_rows = plan_.n_rows(planes_), bytes = layout_.bytes(n_rows);
     // Freed before it is allocated, so that two groups never take memory at once.
     key_rows_.reset();
     key_rows_ = allocate(bytes);
-    lay_out(n_rows, key_rows_.get(), rows, sums);
-    pack(p_, plan_, planes_, steps_.packing, executor_, threads_, packed_tensors(rows));
+    const KeyRows rows = layout_.rows(n_rows, key_rows_.get());
+    pack(p_, plan_, planes_, steps_.packing, executor_, threads_, layout_.packed_tensors(rows));
+    const int64_t sums = layout_.first_byte_of_sums(n_rows);
     zero(key_rows_.get() + sums, bytes - sums);
     if (order_ == Order::apart) {
       run_apart(rows);
@@ -292,8 +180,10 @@ class Backward {
   // processes them with all tiles, writes their gradients, and so on: no key comes from memory or goes there twice.
   // Each thread has its own sums of grad_q, which are added in the order of the slices.
   void run_in_pieces() {
-    const PieceSizes sizes = piece_sizes();
-    const Buffer pieces = allocate(threads_ * sizes.bytes);
+    constexpr int64_t kPieceBytes = 1 << 18;
+    const int64_t piece_keys = layout_.rows_of(kPieceBytes), piece_bytes = layout_.bytes(piece_keys);
+    const int64_t sum_bytes = piece_bytes - layout_.first_byte_of_sums(piece_keys);
+    const Buffer pieces = allocate(threads_ * piece_bytes);
     const int64_t tile_rows = steps_.tile_queries;
     const int64_t tile_bytes = tile_rows * p_.head_dim * working_size(p_.dtype);
     const auto n_tiles = static_cast<int64_t>(tiles_.size());
@@ -304,18 +194,18 @@ class Backward {
       return sums.get() + (slice * n_tiles + tile) * tile_bytes;
     };
     executor_.run(threads_, [&](int64_t thread) {
-      KeyRows rows;
-      int64_t sum_offset = 0;
-      char* const base = pieces.get() + thread * sizes.bytes;
-      lay_out(sizes.rows, base, rows, sum_offset);
-      const std::vector<PackedTensor> tensors = packed_tensors(rows);
+      char* const base = pieces.get() + thread * piece_bytes;
+      const KeyRows rows = layout_.rows(piece_keys, base);
+      const std::vector<PackedTensor> tensors = layout_.packed_tensors(rows);
       int64_t first_tile = 0;
       for (int64_t plane = planes_.begin; plane < planes_.end; ++plane) {
         const int64_t batch = plane / p_.kv_heads, kv_head = plane % p_.kv_heads;
         const CompactedKeys& keys = plan_.keys(batch);
         int64_t last_tile = first_tile;
         while (last_tile < n_tiles && plane_of(tiles_[last_tile]) == plane) ++last_tile;
-        for (const Piece& piece : cut(slice_of(batch, thread), sizes.rows, first_tile, last_tile)) {
+        const std::vector<Piece> cut =
+            cut_into_pieces(keys.table.view(), slice_of(batch, thread), piece_keys, tiles_, first_tile, last_tile);
+        for (const Piece& piece : cut) {
           if (executor_.stops()) return;
           const int64_t n_rows = piece.keys.end - piece.keys.begin;
           for (const PackedTensor& tensor : tensors) {
@@ -323,7 +213,7 @@ class Backward {
                                       tensor.strides.token, keys.source.data() + piece.keys.begin, n_rows,
                                       tensor.head_dim, p_.dtype, tensor.layout, tensor.packed});
           }
-          std::memset(base + sum_offset, 0, sizes.bytes - sum_offset);
+          std::memset(base + piece_bytes - sum_bytes, 0, sum_bytes);
           for (const TileRanges& read : piece.tiles) {
             run_tile(tiles_[read.tile], {0, static_cast<int32_t>(n_rows)}, read.ranges.data(),
                      static_cast<int64_t>(read.ranges.size() / 2), thread,
@@ -417,11 +307,6 @@ class Backward {
     }
   }
 
-  struct KeySlice {
-    int32_t begin;
-    int32_t end;
-  };
-
   KeySlice slice_of(int64_t batch, int64_t slice) const {
     const std::vector<int32_t>& bounds = key_bounds_[plan_.layout(batch)];
     return {bounds[slice], bounds[slice + 1]};
@@ -429,66 +314,15 @@ class Backward {
 
   int64_t plane_of(const Tile& tile) const { return tile.batch * p_.kv_heads + tile.head / p_.heads_per_kv_head(); }
 
-  struct PieceSizes {
-    int64_t rows;
-    int64_t bytes;
-  };
-
-  // What exists for the keys of a piece takes a part of the second-level cache, beside the scratch of a tile.
-  PieceSizes piece_sizes() const {
-    constexpr int64_t kBytes = 1 << 18, kSmallest = 1 << 10;
-    KeyRows rows;
-    int64_t sums = 0;
-    const int64_t n_rows = kBytes / (lay_out(kSmallest, nullptr, rows, sums) / kSmallest);
-    PieceSizes sizes{std::max<int64_t>(n_rows / kCutKeys, 1) * kCutKeys, 0};
-    sizes.bytes = lay_out(sizes.rows, nullptr, rows, sums);
-    return sizes;
-  }
-
-  // What a tile reads of a piece: ranges that count from its first key.
-  struct TileRanges {
-    int64_t tile;
-    std::vector<int32_t> ranges;
-  };
-
-  struct Piece {
-    KeySlice keys;
-    std::vector<TileRanges> tiles;
-  };
-
-  // Cuts a slice into pieces, in time linear in the ranges and in what they read.
-  std::vector<Piece> cut(KeySlice slice, int64_t piece_rows, int64_t first_tile, int64_t last_tile) const {
-    const auto step = static_cast<int32_t>(piece_rows);
-    std::vector<Piece> pieces;
-    for (int32_t begin = slice.begin; begin < slice.end; begin += step) {
-      pieces.push_back({{begin, std::min(begin + step, slice.end)}, {}});
-    }
-    for (int64_t i = first_tile; i < last_tile; ++i) {
-      const KeyRangeTableView table = plan_.keys(tiles_[i].batch).table.view();
-      for (int32_t r = table.k_offsets[tiles_[i].group]; r < table.k_offsets[tiles_[i].group + 1]; ++r) {
-        const int32_t end = std::min(table.k_ranges[2 * r + 1], slice.end);
-        for (int32_t begin = std::max(table.k_ranges[2 * r], slice.begin); begin < end;) {
-          Piece& piece = pieces[(begin - slice.begin) / step];
-          if (piece.tiles.empty() || piece.tiles.back().tile != i) piece.tiles.push_back({i, {}});
-          const int32_t cut_end = std::min(end, piece.keys.end);
-          piece.tiles.back().ranges.insert(piece.tiles.back().ranges.end(),
-                                           {begin - piece.keys.begin, cut_end - piece.keys.begin});
-          begin = cut_end;
-        }
-      }
-    }
-    return pieces;
-  }
-
   // A tile against a slice of the planes' keys, whose rows these are.
   void run_tile(const Tile& tile, KeySlice slice, int64_t thread, char* grad_q, int64_t stride,
                 const KeyRows& rows) const {
     const KeyRangeTableView table = plan_.keys(tile.batch).table.view();
-    if (!reads_any(table, tile.group, slice.begin, slice.end)) return;
+    if (!reads_any(table, tile.group, slice)) return;
     const int32_t* const ranges = table.k_ranges + 2 * table.k_offsets[tile.group];
     const int64_t n_ranges = table.k_offsets[tile.group + 1] - table.k_offsets[tile.group];
     run_tile(tile, slice, ranges, n_ranges, thread, grad_q, stride,
-             from_row(rows, plan_.first_row(planes_, tile.batch, tile.head)));
+             layout_.from_row(rows, plan_.first_row(planes_, tile.batch, tile.head)));
   }
 
   // `rows`: of the keys that the ranges count.
@@ -520,16 +354,6 @@ class Backward {
     }
   }
 
-  // The packed row of every token of a batch element, below 0 where it has none.
-  std::vector<int32_t> packed_rows(int64_t batch) const {
-    std::vector<int32_t> rows(p_.n_keys, -1);
-    const CompactedKeys& keys = plan_.keys(batch);
-    for (int32_t j = 0; j < keys.first_copy; ++j) {
-      if (keys.source[j] >= 0) rows[keys.source[j]] = j;
-    }
-    return rows;
-  }
-
   // Adds the sums of copied keys to those of the keys, in their order.
   template <typename T>
   void add_copies(char* rows, int64_t row_bytes, const std::vector<std::vector<int32_t>>& packed_row) const {
@@ -550,7 +374,7 @@ class Backward {
     std::vector<std::vector<int32_t>> packed_row(p_.batch);
     for (int64_t plane = planes_.begin; plane < planes_.end; ++plane) {
       std::vector<int32_t>& of_batch = packed_row[plane / p_.kv_heads];
-      if (of_batch.empty()) of_batch = packed_rows(plane / p_.kv_heads);
+      if (of_batch.empty()) of_batch = packed_rows(plan_.keys(plane / p_.kv_heads), p_.n_keys);
     }
     if (has_copies_) {
       p_.dtype == ScalarType::float64 ? add_copies<double>(rows, row_bytes, packed_row)
@@ -627,7 +451,7 @@ class Backward {
   const Steps steps_;
   const WorkPlan plan_;
   const int64_t threads_;
-  const RowBytes row_bytes_;
+  const KeyRowLayout layout_;
   const RowBytes sum_bytes_;
   const int64_t scratch_bytes_;
   const Buffer scratch_;
