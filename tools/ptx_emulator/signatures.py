@@ -67,7 +67,9 @@ def _without_hints(parts: list[str]) -> list[str]:
 
 
 def _memory(opcode: str, parts: list[str]) -> Signature:
-    kept = _without_hints(parts[1:])
+    words = _without_hints(parts[1:])
+    # The assembler takes the order and the space in any order.
+    kept = sorted(words, key=lambda word: word not in (*_ORDERS, "relaxed"))
     value = kept[-1]
     if any(part in ("v2", "v4") for part in kept):
         value = VECTOR + value

@@ -61,6 +61,17 @@ def test_words_of_an_atomic_in_any_order(order: str, device: str) -> None:
     assert total[0] == 96
 
 
+@devices
+@pytest.mark.parametrize(
+    "order", ["acquire.gpu.global", "global.acquire.gpu", "relaxed.gpu.global", "global.relaxed.gpu"]
+)
+def test_words_of_a_load_in_any_order(order: str, device: str) -> None:
+    out, source = np.zeros(32, np.uint32), np.arange(32, dtype=np.uint32)
+    body = f"mul.wide.u32 %wide, %thread, 4;\nadd.u64 %rd1, %rd1, %wide;\nld.{order}.b32 %r1, [%rd1];\n"
+    run(program(f"{body}add.u64 %rd0, %rd0, %wide;\nst.global.u32 [%rd0], %r1;", 2), [out, source], 32, device=device)
+    np.testing.assert_array_equal(out, source)
+
+
 @hopper_devices
 @pytest.mark.parametrize("words", ["m8n8.x4.trans", "x4.m8n8.trans", "x4.trans.m8n8", "m8n8.x4", "x4.m8n8"])
 def test_words_of_stmatrix_in_any_order(words: str, device: str) -> None:
@@ -379,6 +390,25 @@ def test_bulk_store_of_what_was_written_without_a_proxy_fence() -> None:
     tensor_map = TensorMap(2, (128,), (), (128,))
     expected = np.arange(128, dtype=np.uint32)
     reported_only_where_strict(body, expected, "without a fence.proxy.async", ((0, tensor_map),))
+
+
+def test_bulk_store_by_all_lanes_of_a_warp() -> None:
+    body = """
+    .shared .align 128 .b8 tile[512];
+    mov.u32 %r2, tile;
+    mad.lo.u32 %r3, %thread, 4, %r2;
+    st.shared.u32 [%r3], %thread;
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    setp.lt.u32 %p1, %thread, 32;
+    @%p1 cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%map0, {0}], [%r2];
+    @%p1 cp.async.bulk.commit_group;
+    @%p1 cp.async.bulk.wait_group 0;
+    """
+    expected = np.arange(128, dtype=np.uint32)
+    reported_only_where_strict(
+        body, expected, "is not ordered after the write", ((0, TensorMap(2, (128,), (), (128,))),)
+    )
 
 
 REDUNDANT = f"""

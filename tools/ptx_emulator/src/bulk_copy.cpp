@@ -189,9 +189,15 @@ void start_store(Warp& warp, BulkStore store, uint32_t swizzle_mask, int lane) {
   warp.bulk_stores.push_back(std::move(store));
 }
 
+bool is_same(const BulkStore& left, const BulkStore& right) {
+  const auto same_row = [](const BulkRow& a, const BulkRow& b) { return a.address == b.address && a.size == b.size; };
+  return left.source == right.source && std::ranges::equal(left.rows, right.rows, same_row);
+}
+
 // Operands: tensor map, coordinates, source. Variant 1 adds.
 template <int Rank>
 void store_tensor(Warp& warp, const Instruction& in) {
+  const size_t n_before = warp.bulk_stores.size();
   for_each_lane(warp, warp.exec, [&](int lane) {
     const TensorMap map = map_of_rank(warp, in, 0, Rank, lane);
     BulkStore store{};
@@ -202,6 +208,8 @@ void store_tensor(Warp& warp, const Instruction& in) {
     if (store.adds_floats && !map.is_float32) {
       raise(FaultKind::unsupported, "cp.reduce.async.bulk.tensor of a type other than float32");
     }
+    const bool repeats = warp.bulk_stores.size() > n_before && is_same(store, warp.bulk_stores.back());
+    if (warp.launch->options.lax && repeats && !store.adds_floats) return;
     start_store(warp, std::move(store), map.swizzle_mask, lane);
   });
   warp.launch->progress();
