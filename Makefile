@@ -2,7 +2,7 @@
 # make windtunnel   learns the flow around car-like bodies from OpenFOAM's cases, writes an unseen one for ParaView
 # make test   the tests, on every core; it says what it leaves out and why
 # make test-slow    the long tests: emulated sweeps, whole programs, builds
-# make test-corpus  the PTX emulator against kernels that others' compilers made, descriptors against CuTe's (installs Triton: a gigabyte)
+# make test-corpus  the PTX emulator with kernels by Triton and NVIDIA's CUTLASS, descriptors against CuTe's (installs Triton: a gigabyte)
 # make fuzz   random calls against float64 on every instruction set, a minute; FUZZ_ARGS="--seconds 3600" goes on
 # make fuzz-arguments   wrong arguments, guided by coverage: refused alike with data and without (FUZZ_ARGS)
 # make fuzz-native   the key-range table under sanitizers, guided by coverage (FUZZ_SEED, FUZZ_SECONDS)

@@ -120,12 +120,8 @@ class Module:
 
     @classmethod
     def from_library(cls, library: str | Path) -> list[Module]:
-        """The PTX modules inside a shared library, extracted with `cuobjdump`."""
-        tool = cuda_tool("cuobjdump")
-        with tempfile.TemporaryDirectory() as directory:
-            command = [tool, "--extract-ptx", "all", str(Path(library).resolve())]
-            subprocess.run(command, cwd=directory, check=True, capture_output=True)
-            return [cls(path.read_text()) for path in sorted(Path(directory).glob("*.ptx"))]
+        """The PTX modules inside a shared library."""
+        return [cls(text) for text in ptx_of_library(library)]
 
     @property
     def kernels(self) -> dict[str, KernelInfo]:
@@ -230,6 +226,14 @@ def cuda_tool(name: str) -> str:
     if tool is None:
         raise FileNotFoundError(f"{name} is needed to read a library: pip install nvidia-cuda-{name}")
     return tool
+
+
+def ptx_of_library(library: str | Path) -> list[str]:
+    """The texts of the PTX modules inside a shared library, extracted with `cuobjdump`."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = [cuda_tool("cuobjdump"), "--extract-ptx", "all", str(Path(library).resolve())]
+        subprocess.run(command, cwd=directory, check=True, capture_output=True)
+        return [path.read_text() for path in sorted(Path(directory).glob("*.ptx"))]
 
 
 def _extents(name: str, value: Dim) -> list[int]:

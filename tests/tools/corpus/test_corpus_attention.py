@@ -8,30 +8,10 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: `make test-corpus` installs it")
 
 from tests.tools.corpus import kernels
-from tests.tools.corpus.programs import Array, Pointer, Tiles, check, loaded, random_matrix, run, stored, unit_roundoff
+from tests.tools.corpus.programs import Pointer, Tiles, check, loaded, random_matrix, run, stored
+from tests.tools.corpus.references import LOG2E, attend
 
 HEADS, SCALE = 2, 0.125
-_LOG2E = 1.4426950408889634
-# Of exp2, of logarithms, of sums of a few hundred numbers, relative: a few of the last bits of float32.
-_SMALL = 2.0**-18
-
-
-def attend(q: Array, k: Array, v: Array, kind: str, causal: bool) -> tuple[Array, Array, Array, Array]:
-    """Output and lse (base 2) of heads, and bounds of their errors."""
-    scores = q @ k.transpose(0, 2, 1) * SCALE
-    score_error = (q.shape[-1] + 2) * 2.0**-23 * (np.abs(q) @ np.abs(k).transpose(0, 2, 1)) * SCALE + 2.0**-22
-    if causal:
-        scores = np.where(np.tril(np.ones(scores.shape[1:], bool)), scores, -np.inf)
-    maximum = scores.max(-1, keepdims=True)
-    powers = np.exp(scores - maximum)
-    total = powers.sum(-1, keepdims=True)
-    out = powers / total @ v
-    worst = score_error.max(-1, keepdims=True)
-    # Scores as exponents, in the numerator and in the denominator; probabilities as operands; the output as stored.
-    rounding = unit_roundoff(kind)
-    bound = (2 * worst + rounding + _SMALL) * (powers / total @ np.abs(v)) + 1.01 * rounding * np.abs(out)
-    lse = ((maximum + np.log(total)) * _LOG2E)[..., 0]
-    return out, lse, bound, (worst[..., 0] * _LOG2E + _SMALL * (1 + np.abs(lse)))
 
 
 @pytest.mark.parametrize("warps", [1, 4, 8])
@@ -56,9 +36,9 @@ def test_attention(capability: int, kind: str, channels: int, keys: int, causal:
     q, k, v = (random_matrix(rng, (HEADS, tokens, channels), kind) for _ in range(3))
     out, lse = stored(np.full(q.shape, np.nan), kind), np.full((HEADS, tokens), np.nan, np.float32)
     constants = {"QUERIES": 64, "KEYS": keys, "CHANNELS": channels, "CAUSAL": causal}
-    arguments = [*(Pointer(x, kind) for x in (q, k, v, out)), Pointer(lse, "fp32"), tokens, SCALE * _LOG2E]
+    arguments = [*(Pointer(x, kind) for x in (q, k, v, out)), Pointer(lse, "fp32"), tokens, SCALE * LOG2E]
     run(kernels.attention, [3, HEADS], arguments, constants, capability, stages=2)
-    expected, expected_lse, bound, lse_bound = attend(*(loaded(x, kind) for x in (q, k, v)), kind, causal)
+    expected, expected_lse, bound, lse_bound = attend(*(loaded(x, kind) for x in (q, k, v)), kind, SCALE, causal)
     check(loaded(out, kind), expected, bound, "out")
     check(lse, expected_lse, lse_bound, "lse")
 
@@ -72,7 +52,7 @@ def test_attention_by_tma(channels: int, keys: int) -> None:
     blocks = [(64, channels), (keys, channels), (keys, channels), (64, channels)]
     tiles = [Tiles(x, "bf16", block) for x, block in zip((q, k, v, out), blocks, strict=True)]
     constants = {"QUERIES": 64, "KEYS": keys, "CHANNELS": channels}
-    run(kernels.attention_by_tma, [2, HEADS], [*tiles, tokens, SCALE * _LOG2E], constants, 90, stages=2)
+    run(kernels.attention_by_tma, [2, HEADS], [*tiles, tokens, SCALE * LOG2E], constants, 90, stages=2)
     heads = (loaded(x, "bf16").reshape(HEADS, tokens, channels) for x in (q, k, v))
-    expected, _, bound, _ = attend(*heads, "bf16", False)
+    expected, _, bound, _ = attend(*heads, "bf16", SCALE, causal=False)
     check(loaded(out, "bf16").reshape(expected.shape), expected, bound, "out")

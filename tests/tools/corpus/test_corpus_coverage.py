@@ -13,6 +13,7 @@ from tools import uncovered_operations
 from tools.cuda_plans import build
 from tools.ptx_emulator.coverage import read
 
+from tests.tools.corpus.cutlass_programs import cutlass_sources
 from tests.tools.corpus.programs import ROOT
 
 pytest.importorskip("triton", reason="Triton is not installed: `make test-corpus` installs it")
@@ -20,12 +21,13 @@ pytest.importorskip("triton", reason="Triton is not installed: `make test-corpus
 pytestmark = [pytest.mark.slow, pytest.mark.needs_nvcc]
 
 UNCOVERED = Path(__file__).with_name("uncovered_operations.txt")
-CORPUS = [f"tests/tools/corpus/test_corpus_{name}.py" for name in ("attention", "matmul", "other")]
+CORPUS = [f"tests/tools/corpus/test_corpus_{name}.py" for name in ("attention", "cutlass", "matmul", "other")]
 # Compilers of other versions choose other instructions: these make the list what it is.
-COMPILERS = "nvcc 13.0 and Triton 3.9"
+COMPILERS = "nvcc 13.0, Triton 3.9 and CUTLASS 4.2"
 
 
 def test_the_list_is_that_of_the_kernels(tmp_path: Path) -> None:
+    cutlass_sources()  # without which the list is another
     path = tmp_path / "operations.txt"
     environment = os.environ | {"PTX_EMULATOR_OPERATIONS": str(path)}
     environment.pop("PYTEST_XDIST_WORKER", None)

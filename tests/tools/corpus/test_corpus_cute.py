@@ -5,7 +5,6 @@ The kernels run on the emulator, which records every product; CuTe's headers com
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 from collections.abc import Sequence
@@ -22,6 +21,8 @@ from tools.cuda_plans.build import cached_output
 from tools.cuda_plans.run import to_storage
 from tools.ptx_emulator import Product
 
+from tests.tools.corpus.cutlass_programs import cutlass_sources
+
 ROOT = Path(__file__).parents[3]
 SOURCE = Path(__file__).with_name("cute_descriptors.cpp")
 HEAD_DIMS = (32, 48, 64, 96, 128)
@@ -33,20 +34,13 @@ LEADING, UNUSED = 0x3FFF << 16, 1 << 16
 PERIOD = 1024 // 16
 
 
-def cutlass_headers() -> Path:
-    package = importlib.util.find_spec("cutlass_library")
-    if package is None or package.origin is None:
-        pytest.skip("CUTLASS's headers are not installed: `make test-corpus` installs them")
-    return Path(package.origin).parent / "source" / "include"
-
-
 pytestmark = [pytest.mark.needs_nvcc, pytest.mark.emulator]
 
 
 @cache
 def descriptors() -> dict[tuple[str, int], list[list[int]]]:
     """CuTe's, by operand and head size: one list for each warpgroup, or one for both."""
-    headers, toolkit = cutlass_headers(), include_directory()
+    headers, toolkit = cutlass_sources() / "include", include_directory()
     # The second is the toolkit's own copy of libcu++, where CUDA 13 has it.
     includes = [f"-I{ROOT / 'csrc'}", *(f"-isystem{path}" for path in (headers, toolkit / "cccl", toolkit))]
     command = [os.environ.get("CXX", "g++"), "-std=c++20", "-O0", "-w", *includes, SOURCE]

@@ -8,37 +8,10 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: `make test-corpus` installs it")
 
 from tests.tools.corpus import kernels
-from tests.tools.corpus.programs import (
-    TYPES,
-    Array,
-    Pointer,
-    Tiles,
-    check,
-    loaded,
-    random_matrix,
-    run,
-    stored,
-    unit_roundoff,
-)
+from tests.tools.corpus.programs import TYPES, Pointer, Tiles, check, loaded, run, stored, unit_roundoff
+from tests.tools.corpus.references import laid_out, operands
 
 TRANSPOSES = [(False, False), (False, True), (True, False), (True, True)]
-
-
-def operands(kind: str, shape: tuple[int, int, int], exact: bool = True) -> tuple[Array, Array, Array, Array]:
-    """a (rows, depth) and b (depth, columns); the product; and how far off a sum in float32 may be."""
-    rows, columns, depth = shape
-    rng = np.random.default_rng(rows + columns + depth)
-    if exact:
-        a, b = random_matrix(rng, (rows, depth), kind), random_matrix(rng, (depth, columns), kind)
-    else:
-        a, b = (rng.standard_normal(extents).astype(np.float32) for extents in ((rows, depth), (depth, columns)))
-    left, right = loaded(a, kind), loaded(b, kind)
-    # Products are exact. Of each number that it adds, an instruction may lose what is below 24 bits of the largest.
-    return a, b, left @ right, (depth + 2) * 2.0**-23 * (np.abs(left) @ np.abs(right))
-
-
-def laid_out(matrix: Array, transposed: bool) -> Array:
-    return np.ascontiguousarray(matrix.T) if transposed else matrix
 
 
 def by_pointers(
