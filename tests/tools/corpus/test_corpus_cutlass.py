@@ -60,6 +60,7 @@ def _layout(transposed: bool) -> str:
 
 GEMMS = {
     "cooperative": Gemm("fp16", "fp32", (False, True), (128, 128, 64), "Cooperative"),
+    "ping-pong": Gemm("bf16", "bf16", (True, False), (64, 48, 64), "Pingpong"),
     "one tile a block": Gemm("fp32", "fp32", (False, True), (64, 32, 32), ""),
 }
 
