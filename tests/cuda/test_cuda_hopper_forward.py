@@ -70,6 +70,49 @@ def test_items_without_keys_in_a_row(late: str) -> None:
         assert not out[0, :1400].any() and np.isneginf(lse[0, 0, 1500:3300]).all()
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_next_queries_are_loaded_under_the_last_product(head_dim: int) -> None:
+    """With the factors that rotate them, and those of all items of a block but its first."""
+    items, rows = 4, 192 if head_dim == 64 else 128
+    case = make_case(n_queries=items * rows, n_keys=300, head_dim=head_dim, table=[((0, items * rows), [(0, 300)])],
+                     freqs_batch=1, generation="sm90")  # fmt: skip
+    case.run = KernelRun(generation="sm90", multiprocessors=1)
+    case.check_forward()
+    ((_, _, counters),) = case.run.launches
+    loads = {True: 0, False: 0}
+    under_product = False
+    for instruction in counters.instructions():
+        if instruction.operation.startswith("wgmma.commit_group"):
+            under_product = True
+        elif instruction.operation.startswith("wgmma.wait_group"):
+            under_product = False
+        elif instruction.operation.startswith(("ld.global.v2", "ld.global.v4")):
+            loads[under_product] += instruction.warps
+    # Of eight channels, one load of queries and four of factors.
+    of_an_item = rows * (head_dim // 8) * (1 + 4) // 32
+    assert loads == {True: (items - 1) * of_an_item, False: of_an_item}
+
+
+@pytest.mark.parametrize("late", ["nobody", "keys", "values", "one consumer", "first consumers", "last consumers"])
+def test_rotated_queries_of_several_items(late: str) -> None:
+    """Queries that are loaded ahead are those of the next item: of its rows, its head and its batch element."""
+    case = make_case(batch=2, n_queries=720, n_keys=300, heads=2, kv_heads=1, value_dim=40, table=UNEVEN,
+                     freqs_batch=2, generation="sm90")  # fmt: skip
+    case.run = KernelRun(generation="sm90", multiprocessors=1, seed=1, reluctant_warps=LATE_WARPS[late])
+    case.check_forward()
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_splits_and_whole_items_in_turn(head_dim: int) -> None:
+    """Blocks of which some items leave partial results, of whole and of short tiles."""
+    table: Table = [((0, 100), [(0, 3000)])] + [((i, i + 20), [(i, i + 100)]) for i in range(100, 220, 20)]
+    case = make_case(n_queries=220, n_keys=3000, head_dim=head_dim, table=table, freqs_batch=1, generation="sm90")
+    case.run = KernelRun(generation="sm90", multiprocessors=2, concurrent_blocks=2)
+    case.check_forward()
+    forward, merge = launched(case)
+    assert forward == f"sm90_forward_bfloat16_{head_dim}" and merge.startswith("merge")
+
+
 def test_bits_do_not_depend_on_the_order_of_warps_and_blocks() -> None:
     results = []
     for seed in range(4):
@@ -125,7 +168,9 @@ def test_infinite_scores() -> None:
 @pytest.mark.parametrize("head_dim", [40, 64])
 def test_queries_of_any_alignment(head_dim: int) -> None:
     """Only keys and values are read by bulk copies."""
-    case = make_case(n_queries=70, n_keys=80, head_dim=head_dim, table=[((0, 70), [(0, 80)])], generation="sm90")
+    case = make_case(n_queries=70, n_keys=80, heads=2, head_dim=head_dim, table=[((0, 70), [(0, 80)])],
+                     generation="sm90")  # fmt: skip
+    case.run = KernelRun(generation="sm90", multiprocessors=1)
     base = np.zeros((*case.q.shape[:-1], head_dim + 1), case.q.dtype)
     base[..., 1:] = case.q
     case.q = base[..., 1:]

@@ -175,17 +175,13 @@ UNNOTICED = {
             2,
             "nothing was read since the release of the keys",
         ),
-        r"bar\.warp\.sync .*release\(control\(\).v_empty, [\w.]+\); < attend": (
+        r"bar\.warp\.sync .*release\(control\(\).v_empty, [\w.]+\); < loaded = attend": (
             2,
             "wgmma.wait_group has just done that",
         ),
-        r"bar\.sync .*synchronise_warpgroup\(\); < load_rotated_q": (
+        r"bar\.sync .*synchronise_warpgroup\(\); < write_rotated_q": (
             1,
             "taking the turn is a barrier of the same warps",
-        ),
-        r"bar\.sync .*synchronise_warpgroup\(\); < store_whole_rows": (
-            1,
-            "a warp overwrites rows that it alone has read",
         ),
         r"bar\.sync .*warpgroup_ == 0\) take_turn": (1, "it only leaves the barrier empty when the kernel ends"),
         r"bar\.warp\.sync .*__syncwarp\(\); < load_(keys|values)": (

@@ -60,12 +60,23 @@ constexpr ForwardTile forward_tile(int native_head_dim) {
   return {};
 }
 
-// Dynamic shared memory, in this order: queries, keys, values, then what ForwardShared in forward.cuh describes.
+// Dynamic shared memory, in this order: queries, output, keys, values, then what ForwardShared in forward_stream.cuh
+// describes.
 constexpr int kForwardControlBytes = 256;
+constexpr int forward_shared_bytes(const ForwardTile& tile, bool output_buffer) {
+  return kSharedAlignment + (output_buffer ? 2 : 1) * tile.consumers * tile.query_bytes() +
+         2 * tile.stages * tile.tile_bytes() + kForwardControlBytes;
+}
+
+// The output leaves through memory of its own, so that the next queries can be written while it is copied; where there
+// is no room, at head size 128, through that of the queries.
+constexpr bool has_output_buffer(const ForwardTile& tile) {
+  return forward_shared_bytes(tile, true) <= kMaxSharedBytes;
+}
+
 constexpr int forward_shared_bytes(int native_head_dim) {
   const ForwardTile tile = forward_tile(native_head_dim);
-  return kSharedAlignment + tile.consumers * tile.query_bytes() + 2 * tile.stages * tile.tile_bytes() +
-         kForwardControlBytes;
+  return forward_shared_bytes(tile, has_output_buffer(tile));
 }
 
 constexpr bool forward_tiles_are_consistent() {

@@ -1,5 +1,6 @@
 // The forward pass of sm_90a: one warpgroup loads, the others own 64 queries each, walk the tiles of keys together and
-// keep a running softmax. Blocks are persistent and take one item after another. Names: s shared, r registers.
+// keep a running softmax. Blocks are persistent and take one item after another; queries of the next are loaded under
+// the last product of the one before. Names: s shared, r registers.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +36,10 @@ class ForwardConsumer {
   using Traits = ForwardTraits<P, kHeadDim>;
   static constexpr int kSpan = Traits::kSpan;
   static constexpr int kStages = Traits::kStages;
+  // Whole slabs, though products read no more than the head size: neighbouring threads then write to different banks.
+  static constexpr int kRowChunks = Traits::kSlabs * Traits::kSlabChannels / 8;
+  static constexpr int kQueryChunks = kWarpgroupRows * kRowChunks / kWarpgroupThreads;  // of a thread
+  static_assert(kWarpgroupRows * kRowChunks % kWarpgroupThreads == 0, "threads copy equal shares");
 
  public:
   __device__ ForwardConsumer(const ForwardKernelParams& p, const ForwardShared<kHeadDim>& shared)
@@ -42,15 +47,18 @@ class ForwardConsumer {
         shared_(shared),
         warpgroup_(__shfl_sync(kFullWarp, threadIdx.x / kWarpgroupThreads - 1, 0)),
         thread_(threadIdx.x % kWarpgroupThreads),
-        s_q_(shared.q + warpgroup_ * Traits::kQueryBytes) {}
+        s_q_(shared.q + warpgroup_ * Traits::kQueryBytes),
+        s_out_(shared.out + warpgroup_ * Traits::kQueryBytes) {}
 
   __device__ void run() {
     if (warpgroup_ == Traits::kConsumers - 1) pass_turn();
+    QueryRegisters r_q{};
+    bool loaded = false;  // queries of the item that comes next
     for (uint32_t index = blockIdx.x; index < p_.n_work; index += gridDim.x) {
-      const cuda::WorkItem work = find_work(index);
-      if (work.begin < work.end) {
-        load_rotated_q(work);
-        attend(index);
+      if (!loaded) loaded = load_q(index, r_q);
+      if (loaded) {
+        write_rotated_q(r_q);
+        loaded = attend(index, r_q);
       } else {
         pass_over();
       }
@@ -61,6 +69,12 @@ class ForwardConsumer {
   }
 
  private:
+  // A thread's share of a warpgroup's queries on their way to shared memory, and the factors that rotate them.
+  struct QueryRegisters {
+    Chunk chunks[kQueryChunks];
+    float2 factors[kQueryChunks][4];
+  };
+
   // This warpgroup's part of an item.
   __device__ cuda::WorkItem find_work(uint32_t index) const {
     cuda::WorkItem work = find_work_item(p_.schedule, index, p_.heads, Traits::kQueries);
@@ -68,17 +82,23 @@ class ForwardConsumer {
     return work;
   }
 
-  __device__ void attend(uint32_t index) {
+  // Returns whether `r_q` then holds this warpgroup's queries of the block's next item.
+  __device__ bool attend(uint32_t index, QueryRegisters& r_q) {
     float r_scores[Traits::kScores];
     float r_out[Traits::kOutputs];
     uint32_t r_probabilities[Traits::kProbabilities][4];
     SoftmaxState state;
+    cuda::WorkItem work;
+    float inverse_sums[2];
+    bool next_loaded = false;
 #pragma unroll
     for (int i = 0; i < Traits::kOutputs; ++i) r_out[i] = 0.0f;
 
     wait_for(control().k_full);
     if ((control().notes[ring_.stage].flags & kNoKeys) != 0) {
       pass_over();
+      work = find_work(index);
+      store_statistics(work, state, inverse_sums);
     } else {
       take_turn();
       ptx::keep_order(r_scores);
@@ -132,18 +152,22 @@ class ForwardConsumer {
       ptx::wgmma_fence();
       pv_gemm(r_out, r_probabilities, ring_.stage);
       ptx::wgmma_commit();
+      // All that does not need the product, and now has the registers of the scores: above all the way from memory of
+      // the next queries. The item is searched again, because the loop leaves no registers to keep it in.
+      next_loaded = load_q(index + gridDim.x, r_q);
+      work = find_work(index);
+      store_statistics(work, state, inverse_sums);
       ptx::wgmma_wait<0>();
       ptx::keep_order(r_out);
       release(control().v_empty, ring_.stage);
       ring_.advance();
     }
-    // Searched again, because the products leave no registers to keep it in.
-    const cuda::WorkItem work = find_work(index);
     if (work.n_splits > 1) {
-      store_partial(work, r_out, state);
+      store_partial(work, r_out);
     } else {
-      store_out(work, r_out, state);
+      store_out(work, r_out, inverse_sums);
     }
+    return next_loaded;
   }
 
   // Keeps pace with the other warpgroups without computing, where this one has no rows or the item has no keys.
@@ -209,45 +233,55 @@ class ForwardConsumer {
     }
   }
 
-  __device__ void load_rotated_q(const cuda::WorkItem& work) const {
-    // Whole slabs are written: the copy that later stores the output from here reads whole slabs.
-    constexpr int kChunks = Traits::kSlabs * Traits::kSlabChannels / 8;
-    constexpr int kSteps = kWarpgroupRows * kChunks / kWarpgroupThreads;
-    static_assert(kWarpgroupRows * kChunks % kWarpgroupThreads == 0, "threads copy equal shares");
+  __device__ int32_t query_row(int i) const {
+    return static_cast<int32_t>((thread_ + i * kWarpgroupThreads) / kRowChunks);
+  }
+
+  __device__ int32_t query_channel(int i) const {
+    return static_cast<int32_t>((thread_ + i * kWarpgroupThreads) % kRowChunks * 8);
+  }
+
+  // Issues the loads of this warpgroup's queries of an item; false if there are none. What is missing becomes zero.
+  __device__ bool load_q(uint32_t index, QueryRegisters& r_q) const {
+    // Before any return: what the registers held would have to outlast the products.
+    r_q = {};
+    if (index >= p_.n_work) return false;
+    const cuda::WorkItem work = find_work(index);
+    if (work.begin >= work.end) return false;
     const auto* q = head_pointer<P>(p_.q, work.batch, work.head) + work.begin * p_.q.strides.token;
     const int64_t first_factor =
         work.batch * p_.q_freqs_strides.batch + static_cast<int64_t>(work.begin) * p_.q_freqs_strides.token;
-    const auto row = [&](int step) { return static_cast<int32_t>((thread_ + step * kWarpgroupThreads) / kChunks); };
-    const auto channel = [&](int step) {
-      return static_cast<int32_t>((thread_ + step * kWarpgroupThreads) % kChunks * 8);
-    };
-    const auto exists = [&](int step) { return work.begin + row(step) < work.end && channel(step) < p_.head_dim; };
-
-    // All loads are issued before the first is used.
-    Chunk chunks[kSteps] = {};
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      if (!exists(step)) continue;
-      chunks[step] = load_chunk<P>(q + row(step) * p_.q.strides.token + channel(step), p_.q.vectorised);
+    for (int i = 0; i < kQueryChunks; ++i) {
+      const int32_t row = query_row(i);
+      const int32_t channel = query_channel(i);
+      if (work.begin + row >= work.end || channel >= p_.head_dim) continue;
+      r_q.chunks[i] = load_chunk<P>(q + row * p_.q.strides.token + channel, p_.q.vectorised);
+      if (p_.q_freqs == nullptr) continue;
+      const float* factors = p_.q_freqs + 2 * (first_factor + row * p_.q_freqs_strides.token) + channel;
+#pragma unroll
+      for (int pair = 0; pair < 4; ++pair) r_q.factors[i][pair] = reinterpret_cast<const float2*>(factors)[pair];
     }
+    return true;
+  }
+
+  __device__ void write_rotated_q(QueryRegisters& r_q) const {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
+    for (int i = 0; i < kQueryChunks; ++i) {
       float values[8];
-      unpack<P>(chunks[step], values);
-      if (p_.q_freqs != nullptr && exists(step)) {
-        rotate<P>(values, p_.q_freqs + 2 * (first_factor + row(step) * p_.q_freqs_strides.token), channel(step), 1.0f);
-      }
+      unpack<P>(r_q.chunks[i], values);
+      if (p_.q_freqs != nullptr) rotate<P>(values, reinterpret_cast<const float*>(r_q.factors[i]), 0, 1.0f);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) values[i] *= p_.q_sign;
-      chunks[step] = pack<P>(values);
+      for (int n = 0; n < 8; ++n) values[n] *= p_.q_sign;
+      r_q.chunks[i] = pack<P>(values);
     }
     // The previous item's output may still be on its way out of these rows.
-    if (thread_ == 0) ptx::bulk_wait_read<0>();
+    if (!Traits::kOutputBuffer && thread_ == 0) ptx::bulk_wait_read<0>();
     synchronise_warpgroup();
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const uint32_t offset = chunk_offset<kSpan, kWarpgroupRows>(row(step), channel(step) / 8);
-      ptx::store_shared(s_q_ + offset, chunks[step].words);
+    for (int i = 0; i < kQueryChunks; ++i) {
+      const uint32_t offset = chunk_offset<kSpan, kWarpgroupRows>(query_row(i), query_channel(i) / 8);
+      ptx::store_shared(s_q_ + offset, r_q.chunks[i].words);
     }
     ptx::fence_async_proxy();
     synchronise_warpgroup();
@@ -289,49 +323,52 @@ class ForwardConsumer {
     }
   }
 
-  __device__ void store_out(const cuda::WorkItem& work, float (&r_out)[Traits::kOutputs],
-                            const SoftmaxState& state) const {
-    const int32_t first_row = static_cast<int32_t>(thread_ / 32 * 16 + thread_ % 32 / 4);
+  // The first of this thread's two rows, which are eight apart.
+  __device__ int32_t first_row() const { return static_cast<int32_t>(thread_ / 32 * 16 + thread_ % 32 / 4); }
+
+  // Where this thread's first row is among the partial results.
+  __device__ int64_t first_partial_row(const cuda::WorkItem& work) const {
+    return partial_row(p_.schedule, work, p_.heads, Traits::kQueries, work.split) + warpgroup_ * kWarpgroupRows +
+           first_row();
+  }
+
+  // Stores lse, or of a split the maximum and sum, which are known before the output is.
+  __device__ void store_statistics(const cuda::WorkItem& work, const SoftmaxState& state,
+                                   float (&inverse_sums)[2]) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const float sum = sum_over_quad(state.sum[row]);
-      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      const int32_t token = work.begin + first_row + 8 * row;
-      if (thread_ % 4 == 0 && token < work.end) {
-        const float shift = softmax_shift(state.maximum[row], p_.scale_log2);
+      inverse_sums[row] = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const int32_t token = work.begin + first_row() + 8 * row;
+      if (thread_ % 4 != 0 || token >= work.end) continue;
+      const float shift = softmax_shift(state.maximum[row], p_.scale_log2);
+      if (work.n_splits > 1) {
+        reinterpret_cast<float2*>(p_.partial.statistics)[first_partial_row(work) + 8 * row] =
+            make_float2(sum == 0.0f ? -INFINITY : shift, sum);
+      } else {
         const int64_t head = static_cast<int64_t>(work.batch) * p_.heads + work.head;
         p_.lse[head * p_.n_queries + token] = sum == 0.0f ? -INFINITY : (shift + ptx::log2_approx(sum)) * kLn2;
       }
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        r_out[4 * n + 2 * row] *= inverse;
-        r_out[4 * n + 2 * row + 1] *= inverse;
-      }
-    }
-    if (work.begin + kWarpgroupRows <= work.end) {
-      store_whole_rows(work, r_out);
-    } else {
-      store_some_rows(work, r_out, first_row);
     }
   }
 
-  // Stores the partial result of a split of the tile's keys, for attention_merge.
-  __device__ void store_partial(const cuda::WorkItem& work, const float (&r_out)[Traits::kOutputs],
-                                const SoftmaxState& state) const {
-    const int32_t first_row = static_cast<int32_t>(thread_ / 32 * 16 + thread_ % 32 / 4);
-    const int64_t first =
-        partial_row(p_.schedule, work, p_.heads, Traits::kQueries, work.split) + warpgroup_ * kWarpgroupRows;
+  __device__ void store_out(const cuda::WorkItem& work, float (&r_out)[Traits::kOutputs],
+                            const float (&inverse_sums)[2]) const {
+#pragma unroll
+    for (int i = 0; i < Traits::kOutputs; ++i) r_out[i] *= inverse_sums[i / 2 % 2];
+    if (work.begin + kWarpgroupRows <= work.end) {
+      store_whole_rows(work, r_out);
+    } else {
+      store_some_rows(work, r_out);
+    }
+  }
+
+  // Stores the output of a split of the tile's keys, not yet divided, for attention_merge.
+  __device__ void store_partial(const cuda::WorkItem& work, const float (&r_out)[Traits::kOutputs]) const {
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float sum = sum_over_quad(state.sum[row]);
-      const int32_t tile_row = first_row + 8 * row;
-      if (work.begin + tile_row >= work.end) continue;
-      const int64_t at = first + tile_row;
-      if (thread_ % 4 == 0) {
-        const float shift = softmax_shift(state.maximum[row], p_.scale_log2);
-        reinterpret_cast<float2*>(p_.partial.statistics)[at] = make_float2(sum == 0.0f ? -INFINITY : shift, sum);
-      }
-      float* out = p_.partial.out + at * p_.value_dim + thread_ % 4 * 2;
+      if (work.begin + first_row() + 8 * row >= work.end) continue;
+      float* out = p_.partial.out + (first_partial_row(work) + 8 * row) * p_.value_dim + thread_ % 4 * 2;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
         if (8 * n >= p_.value_dim) break;
@@ -340,17 +377,22 @@ class ForwardConsumer {
     }
   }
 
-  // Stores through the shared memory of the queries, which are no longer needed.
+  // Stores through shared memory: its own, or that of the queries, which are no longer needed.
   __device__ void store_whole_rows(const cuda::WorkItem& work, const float (&r_out)[Traits::kOutputs]) const {
+    // An earlier item's output may still be on its way out of these rows.
+    if (Traits::kOutputBuffer && thread_ == 0) ptx::bulk_wait_read<0>();
     synchronise_warpgroup();
     const uint32_t lane = thread_ % 32;
     const uint32_t row = thread_ / 32 * 16 + lane % 16;
+    // Whole slabs, because that is what the copy reads.
 #pragma unroll
-    for (int n = 0; n < kHeadDim / 8; n += 2) {
-      uint32_t words[4];
+    for (int n = 0; n < kRowChunks; n += 2) {
+      uint32_t words[4] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = P::pack(r_out[4 * n + 2 * i], r_out[4 * n + 2 * i + 1]);
-      ptx::stmatrix_x4(s_q_ + chunk_offset<kSpan, kWarpgroupRows>(row, n + lane / 16), words);
+      for (int i = 0; i < 4 && 8 * n < kHeadDim; ++i) {
+        words[i] = P::pack(r_out[4 * n + 2 * i], r_out[4 * n + 2 * i + 1]);
+      }
+      ptx::stmatrix_x4(s_out_ + chunk_offset<kSpan, kWarpgroupRows>(row, n + lane / 16), words);
     }
     ptx::fence_async_proxy();
     synchronise_warpgroup();
@@ -358,18 +400,17 @@ class ForwardConsumer {
 #pragma unroll
       for (int slab = 0; slab < Traits::kSlabs; ++slab) {
         ptx::tma_store(p_.out, {slab * Traits::kSlabChannels, work.begin, work.head, work.batch},
-                       s_q_ + slab * kWarpgroupRows * kSpan);
+                       s_out_ + slab * kWarpgroupRows * kSpan);
       }
       ptx::bulk_commit();
     }
   }
 
-  __device__ void store_some_rows(const cuda::WorkItem& work, const float (&r_out)[Traits::kOutputs],
-                                  int32_t first_row) const {
+  __device__ void store_some_rows(const cuda::WorkItem& work, const float (&r_out)[Traits::kOutputs]) const {
     auto* out = static_cast<typename P::Storage*>(p_.out_data);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int32_t token = work.begin + first_row + 8 * row;
+      const int32_t token = work.begin + first_row() + 8 * row;
       if (token >= work.end) continue;
       const int64_t first =
           ((static_cast<int64_t>(work.batch) * p_.n_queries + token) * p_.heads + work.head) * p_.value_dim;
@@ -386,6 +427,7 @@ class ForwardConsumer {
   const uint32_t warpgroup_;  // among the consumers
   const uint32_t thread_;     // of the warpgroup
   const uint32_t s_q_;
+  const uint32_t s_out_;
   RingPosition<kStages> ring_;
 };
 

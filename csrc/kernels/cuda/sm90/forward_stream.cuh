@@ -60,6 +60,7 @@ struct ForwardLayout {
   static constexpr int kSpan = 2 * kSlabChannels;
   static constexpr int kQueryBytes = kTile.query_bytes();
   static constexpr int kTileBytes = kTile.tile_bytes();
+  static constexpr bool kOutputBuffer = has_output_buffer(kTile);
 };
 
 // Addresses in shared memory.
@@ -69,7 +70,8 @@ struct ForwardShared {
   using Control = StreamControl<Layout::kStages>;
   static_assert(sizeof(Control) <= kForwardControlBytes);
 
-  uint32_t q;  // of the first consumer warpgroup
+  uint32_t q;    // of the first consumer warpgroup
+  uint32_t out;  // likewise; that of the queries where there is no room for both
   uint32_t k;
   uint32_t v;
   Control* control;
@@ -78,7 +80,8 @@ struct ForwardShared {
     const uint32_t base = ptx::shared_address(dynamic);
     const uint32_t aligned = (base + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
     q = aligned;
-    k = q + Layout::kConsumers * Layout::kQueryBytes;
+    out = Layout::kOutputBuffer ? q + Layout::kConsumers * Layout::kQueryBytes : q;
+    k = out + Layout::kConsumers * Layout::kQueryBytes;
     v = k + Layout::kStages * Layout::kTileBytes;
     control = reinterpret_cast<Control*>(dynamic + (v - base) + Layout::kStages * Layout::kTileBytes);
   }
