@@ -392,6 +392,7 @@ class _Lowering:
         lowered: list[list[int]] = []
         mentions: list[tuple[int, int, bool]] = []
         loops: list[tuple[int, int]] = []
+        skips: list[tuple[int, int]] = []
         for position, instruction in enumerate(body):
             operation, operands, target = self.instruction(instruction)
             guard = _NO_ROW
@@ -404,11 +405,13 @@ class _Lowering:
             mentions += mentions_of(position, operation, operands, instruction.guard is not None)
             if operation == "bra" and target <= position:
                 loops.append((target, position))
+            elif operation == "bra":
+                skips.append((position, target))
         constants = frozenset(self.constants.values())
         async_registers = async_registers_of(operations, lowered, constants)
         # A register that wgmma uses may be in use long after its last mention.
         permanent = sorted(constants | async_registers)
-        rows, n_rows = assign_rows(mentions, self.wide, permanent, loops, native().SPECIAL_ROWS)
+        rows, n_rows = assign_rows(mentions, self.wide, permanent, loops, skips, native().SPECIAL_ROWS)
         for position, operands in enumerate(lowered):
             code[position, 4 : 4 + len(operands)] = [rows[n] if isinstance(n, Virtual) else n for n in operands]
         # Text that ends without a return ends the thread.

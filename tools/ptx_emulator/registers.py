@@ -15,11 +15,21 @@ from numpy.typing import NDArray
 Span = NDArray[np.int64]
 
 
-def _widen_over_loops(begin: Span, end: Span, carried: NDArray[np.bool_], loops: Sequence[tuple[int, int]]) -> None:
+def _widen_over_loops(
+    begin: Span,
+    end: Span,
+    carried: NDArray[np.bool_],
+    loops: Sequence[tuple[int, int]],
+    skips: Sequence[tuple[int, int]],
+) -> None:
     """Widen spans in place. `carried`: the first mention may read a value that an earlier iteration left."""
+    first_mention = begin.copy()
     changed = True
     while changed:
         changed = False
+        # A write that can be skipped on the way to a read leaves what an earlier iteration wrote.
+        for source, target in skips:
+            carried |= (first_mention > source) & (first_mention < target) & (end >= target)
         for first, last in loops:
             enters = (begin < first) & (end >= first) & (end < last)
             end[enters] = last
@@ -36,6 +46,7 @@ def assign_rows(
     wide: Sequence[bool],
     permanent: Sequence[int],
     loops: Sequence[tuple[int, int]],
+    skips: Sequence[tuple[int, int]],
     first_row: int,
 ) -> tuple[list[int], int]:
     """Rows of all virtual registers, and the number of rows.
@@ -44,6 +55,7 @@ def assign_rows(
     wide: per register, whether it takes two rows.
     permanent: registers that keep their row (constants).
     loops: (target, source) of every backward branch.
+    skips: (source, target) of every forward branch.
     """
     n = len(wide)
     never = np.iinfo(np.int64).max
@@ -55,7 +67,7 @@ def assign_rows(
             begin[register] = position
             carried[register] = not is_write
         end[register] = position
-    _widen_over_loops(begin, end, carried, loops)
+    _widen_over_loops(begin, end, carried, loops, skips)
     begin[list(permanent)] = -1
     end[list(permanent)] = never
 

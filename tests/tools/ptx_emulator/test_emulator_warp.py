@@ -316,3 +316,24 @@ def test_blocks_that_wait_for_each_other_can_run_together(device: str) -> None:
     else:
         run(text, [counter], 32, grid=4, device=device)
     assert counter[0] == 4
+
+
+def test_a_value_that_a_later_iteration_does_not_write_again(device: str) -> None:
+    """Its first mention is a write without a condition, which a branch skips; other registers are used in between."""
+    body = """
+        mov.u32 %r4, 0;
+        AGAIN:
+        setp.ne.u32 %p1, %r4, 0;
+        @%p1 bra SKIP;
+        mov.u32 %r2, 41;
+        SKIP:
+        add.u32 %r3, %r2, 1;
+        mov.u32 %r5, 7;
+        mov.u32 %r6, 9;
+        add.u32 %r7, %r5, %r6;
+        add.u32 %r1, %r3, %r7;
+        add.u32 %r4, %r4, 1;
+        setp.lt.u32 %p2, %r4, 3;
+        @%p2 bra AGAIN;
+    """
+    assert run_warp(body, LANES, device).tolist() == [41 + 1 + 7 + 9] * LANES
