@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -53,10 +54,10 @@ class Backward {
     for (size_t i = 0; i + 1 < bounds.size() && !executor_.stops(); ++i) {
       planes_ = {bounds[i], bounds[i + 1]};
       tiles_ = plan_.tiles(planes_, steps_.tile_queries, /*with_gaps=*/false);
-      // For all groups what suits the first one, which has as much work as any.
-      if (i == 0) choose_order();
+      // For all groups what suits the first one that reads any key: it has about as many tiles as the others.
+      if (!order_ && !tiles_.empty()) choose_order();
       if (!finishes_tiles_) begin_grad_q();
-      order_ == Order::pieces ? run_in_pieces() : run_all_keys();
+      order_.value_or(Order::pieces) == Order::pieces ? run_in_pieces() : run_all_keys();
       if (!finishes_tiles_) finish_grad_q();
     }
   }
@@ -459,7 +460,7 @@ class Backward {
   const bool sums_in_place_;
   std::vector<std::vector<int32_t>> key_bounds_;  // of each layout, n_threads + 1
   bool has_copies_ = false;
-  Order order_ = Order::phases;
+  std::optional<Order> order_;
   bool finishes_tiles_ = false;  // of grad_q, tile by tile
 
   // Of the group in work.
