@@ -11,6 +11,9 @@ import os, signal, threading, time
 import torch
 from anchor_attention import KeyRangeTable, anchor_attention
 
+# A shell that runs the tests in the background has its children ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def table(n):
     return KeyRangeTable([0, n], [0, 1], [0, n])
 
