@@ -178,9 +178,8 @@ class Forward {
       rows = 0;
     };
     const auto pack_piece = [&](const PackedTensor& tensor, int64_t key, int64_t n) {
-      kernels_.packing.pack_rows({head_start(tensor.source, tensor.strides, task.batch, kv_head, p_.dtype),
-                                  tensor.strides.token, source + key, n, tensor.head_dim, p_.dtype, tensor.layout,
-                                  tensor.packed + rows * tensor.row_bytes});
+      pack_tokens(p_, kernels_.packing, tensor, task.batch, kv_head, source + key, n,
+                  tensor.packed + rows * tensor.row_bytes);
     };
     for (size_t r = 0; r < ranges.size(); r += 2) {
       for (int64_t key = ranges[r]; key < ranges[r + 1];) {

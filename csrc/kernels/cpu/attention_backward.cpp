@@ -210,9 +210,8 @@ class Backward {
           if (executor_.stops()) return;
           const int64_t n_rows = piece.keys.end - piece.keys.begin;
           for (const PackedTensor& tensor : tensors) {
-            steps_.packing.pack_rows({head_start(tensor.source, tensor.strides, batch, kv_head, p_.dtype),
-                                      tensor.strides.token, keys.source.data() + piece.keys.begin, n_rows,
-                                      tensor.head_dim, p_.dtype, tensor.layout, tensor.packed});
+            pack_tokens(p_, steps_.packing, tensor, batch, kv_head, keys.source.data() + piece.keys.begin, n_rows,
+                        tensor.packed);
           }
           std::memset(base + piece_bytes - sum_bytes, 0, sum_bytes);
           for (const TileRanges& read : piece.tiles) {

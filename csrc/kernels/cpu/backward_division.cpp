@@ -1,8 +1,15 @@
 #include "kernels/cpu/backward_division.h"
 
 #include <algorithm>
+#include <tuple>
 
 namespace anchor_attention::cpu {
+
+void order_by_queries(std::vector<Tile>& tiles) {
+  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) {
+    return std::tie(a.batch, a.q_begin) < std::tie(b.batch, b.q_begin);
+  });
+}
 
 std::vector<int64_t> split_tiles(const std::vector<Tile>& tiles, int64_t n) {
   double total = 0;

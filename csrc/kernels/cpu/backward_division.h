@@ -25,6 +25,10 @@ struct Piece {
   std::vector<TileRanges> tiles;
 };
 
+// Tiles of the same queries one after the other, whose heads lie side by side in memory; for keys that all fit into the
+// cache.
+void order_by_queries(std::vector<Tile>& tiles);
+
 // Splits the tiles into `n` runs of about equal work: n + 1 bounds.
 std::vector<int64_t> split_tiles(const std::vector<Tile>& tiles, int64_t n);
 

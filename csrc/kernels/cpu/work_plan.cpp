@@ -6,7 +6,6 @@
 
 #include <new>
 #include <string>
-#include <tuple>
 
 #include "kernels/cpu/dispatch.h"
 
@@ -121,12 +120,6 @@ void WorkPlan::append_tiles(int64_t batch, int64_t head, int64_t tile_queries, b
   if (with_gaps) append(kNoGroup, covered, params_.n_queries, kRowsPerFillTask, 0);
 }
 
-void order_by_queries(std::vector<Tile>& tiles) {
-  std::stable_sort(tiles.begin(), tiles.end(), [](const Tile& a, const Tile& b) {
-    return std::tie(a.batch, a.q_begin) < std::tie(b.batch, b.q_begin);
-  });
-}
-
 void pack(const AttentionParams& p, const WorkPlan& plan, Planes planes, const Packing& packing,
           const Executor& executor, int64_t threads, const std::vector<PackedTensor>& tensors) {
   const std::vector<RowTask> tasks = row_tasks(
@@ -134,10 +127,9 @@ void pack(const AttentionParams& p, const WorkPlan& plan, Planes planes, const P
   for_each_task(executor, threads, static_cast<int64_t>(tasks.size()), [&](int64_t i, int64_t) {
     const RowTask& task = tasks[i];
     for (const PackedTensor& tensor : tensors) {
-      packing.pack_rows({head_start(tensor.source, tensor.strides, task.batch, task.kv_head, p.dtype),
-                         tensor.strides.token, plan.keys(task.batch).source.data() + task.begin, task.end - task.begin,
-                         tensor.head_dim, p.dtype, tensor.layout,
-                         tensor.packed + (plan.first_row(planes, task.plane) + task.begin) * tensor.row_bytes});
+      pack_tokens(p, packing, tensor, task.batch, task.kv_head, plan.keys(task.batch).source.data() + task.begin,
+                  task.end - task.begin,
+                  tensor.packed + (plan.first_row(planes, task.plane) + task.begin) * tensor.row_bytes);
     }
   });
 }

@@ -94,10 +94,6 @@ class WorkPlan {
   std::vector<int64_t> first_rows_;  // of each plane, and behind the last one
 };
 
-// Tiles of the same queries one after the other, whose heads lie side by side in memory; for keys that all fit into the
-// cache.
-void order_by_queries(std::vector<Tile>& tiles);
-
 // Runs body(task, thread) for every task, each thread taking the next one, until the call is cancelled.
 template <typename Body>
 void for_each_task(const Executor& executor, int64_t threads, int64_t n_tasks, const Body& body) {
@@ -147,6 +143,13 @@ struct PackedTensor {
   char* packed;
   int64_t row_bytes;
 };
+
+// Packs the tokens `source` [n_rows] of a head to `packed`.
+inline void pack_tokens(const AttentionParams& p, const Packing& packing, const PackedTensor& tensor, int64_t batch,
+                        int64_t kv_head, const int32_t* source, int64_t n_rows, char* packed) {
+  packing.pack_rows({head_start(tensor.source, tensor.strides, batch, kv_head, p.dtype), tensor.strides.token, source,
+                     n_rows, tensor.head_dim, p.dtype, tensor.layout, packed});
+}
 
 void pack(const AttentionParams& params, const WorkPlan& plan, Planes planes, const Packing& packing,
           const Executor& executor, int64_t threads, const std::vector<PackedTensor>& tensors);
